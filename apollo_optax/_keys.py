@@ -1,0 +1,51 @@
+"""Turns a seed or PRNG key into the plain uint32 array kept in optimizer state, and back."""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, UInt32
+
+# Fixed for seeds, so that a seed means the same projections whatever the user's default generator
+# is.
+_SEED_IMPLEMENTATION = "threefry2x32"
+
+
+def _is_typed(key: Any) -> bool:
+    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _is_raw(key: Any) -> bool:
+    return isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
+
+
+def _is_seed(key: Any) -> bool:
+    if isinstance(key, jax.Array):
+        return key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer)
+    return isinstance(key, numbers.Integral) and not isinstance(key, bool)
+
+
+def require_key(name: str, key: Any) -> None:
+    """Raises TypeError or ValueError unless `key` is an int seed or one PRNG key."""
+    if _is_typed(key):
+        if key.shape:
+            raise ValueError(
+                f"{name} must be one PRNG key, got an array of keys of shape {key.shape}."
+            )
+    elif not (_is_raw(key) or _is_seed(key)):
+        raise TypeError(f"{name} must be an int seed or a key from jax.random.key, got {key!r}.")
+
+
+def key_data(key: int | PRNGKeyArray) -> UInt32[Array, "..."]:
+    """The data of a key, in its own buffer: donating the state must not delete the user's key."""
+    if _is_seed(key):
+        return jax.random.key_data(jax.random.key(key, impl=_SEED_IMPLEMENTATION))
+    return jnp.copy(jax.random.key_data(key) if _is_typed(key) else key)
+
+
+def wrap_like(data: UInt32[Array, "..."], key: int | PRNGKeyArray) -> PRNGKeyArray:
+    """The typed key of `data`, of the generator that `key` is of."""
+    if _is_seed(key):
+        return jax.random.wrap_key_data(data, impl=_SEED_IMPLEMENTATION)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))

@@ -1,0 +1,145 @@
+"""APOLLO and APOLLO-Mini: the transformation with weight decay and a learning rate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
+
+from apollo_optax._arguments import require_number
+from apollo_optax._matrices import WeightDimensionNumbers
+from apollo_optax._projection import Projection
+from apollo_optax._transform import Granularity, scale_by_apollo
+
+
+def apollo(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 256,
+    update_proj_gap: int = 200,
+    scale: ArrayLike = 1.0,
+    granularity: Granularity = "channel",
+    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    norm_growth_limit: ArrayLike | None = 1.01,
+    projection: Projection | Callable[..., Array] | None = None,
+    key: int | PRNGKeyArray = 0,
+    mu_dtype: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay: ArrayLike = 0.0,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """APOLLO: AdamW's training with moments of a random projection of the gradient only.
+
+    `chain(scale_by_apollo, add_decayed_weights, scale_by_learning_rate)`; the equations are those
+    of `scale_by_apollo`. The optimizer state of a matrix with larger side n is `2 * rank * n + 1`
+    numbers, of any other leaf twice its size.
+
+    Args:
+      learning_rate: A number or a schedule. The paper pre-trains with 0.01, ten times AdamW's.
+      rank: Rows of the projection. The paper takes a quarter of the hidden size.
+      update_proj_gap: Steps between two projections.
+      scale: The paper's alpha: 1, or 1/2 from 1B parameters.
+      granularity: "channel" or "tensor".
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      norm_growth_limit: Largest ratio of the norms of a matrix's consecutive updates; None for no
+        limit.
+      projection: `gaussian` (None means it), `rademacher`, `svd` or a function of your own.
+      key: Seed or PRNG key of the projections.
+      mu_dtype: Dtype of the first moment.
+      weight_dimension_numbers: Which axes make a matrix; `transformer_dimension_numbers` for Flax's
+        transformers.
+      weight_decay: Decoupled weight decay, multiplied by the learning rate.
+      mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
+        returns one.
+
+    Returns:
+      A gradient transformation. Its `update` needs `params`.
+
+    Raises:
+      TypeError: An argument of the wrong type.
+      ValueError: An argument out of range.
+
+    References:
+      Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, MLSys 2025,
+      https://arxiv.org/abs/2412.05270
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from apollo_optax import apollo
+      >>> params = {"kernel": jnp.ones((8, 16))}
+      >>> tx = apollo(0.01, rank=2)
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(lambda p: jnp.sum(p["kernel"] ** 2))(params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+    """
+    require_number("weight_decay", weight_decay, at_least=0)
+    return optax.chain(
+        scale_by_apollo(
+            rank,
+            update_proj_gap,
+            scale,
+            granularity,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            norm_growth_limit=norm_growth_limit,
+            projection=projection,
+            key=key,
+            mu_dtype=mu_dtype,
+            weight_dimension_numbers=weight_dimension_numbers,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def apollo_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    update_proj_gap: int = 200,
+    scale: ArrayLike = 128**0.5,
+    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    norm_growth_limit: ArrayLike | None = 1.01,
+    projection: Projection | Callable[..., Array] | None = None,
+    key: int | PRNGKeyArray = 0,
+    mu_dtype: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay: ArrayLike = 0.0,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """APOLLO-Mini: `apollo` at rank 1 with one scaling factor a matrix, at SGD's memory.
+
+    The optimizer state of a matrix with larger side n is `2 * n + 1` numbers. Arguments, result and
+    errors are those of `apollo`; `scale` is sqrt(128) in the paper's pre-training.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from apollo_optax import apollo_mini
+      >>> state = apollo_mini(0.01).init({"kernel": jnp.ones((8, 16))})
+      >>> state[0].mu["kernel"].shape, state[0].norm["kernel"].shape
+      ((1, 16), ())
+    """
+    return apollo(
+        learning_rate,
+        1,
+        update_proj_gap,
+        scale,
+        "tensor",
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        norm_growth_limit=norm_growth_limit,
+        projection=projection,
+        key=key,
+        mu_dtype=mu_dtype,
+        weight_dimension_numbers=weight_dimension_numbers,
+        weight_decay=weight_decay,
+        mask=mask,
+    )

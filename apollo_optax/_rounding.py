@@ -1,0 +1,94 @@
+"""Stochastic rounding: adds small updates to low-precision weights without bias."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from apollo_optax._paths import named_leaves, spell, stable_hash
+
+
+def stochastic_round(
+    key: PRNGKeyArray, x: Float[Array, "*shape"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "*shape"]:
+    """Rounds `x` to one of its two neighbours in a narrower float dtype, with the expectation `x`.
+
+    Values that `dtype` holds, infinities and NaN stay as they are; beyond the largest finite value,
+    infinity is the upper neighbour, as in rounding to nearest.
+
+    Args:
+      key: PRNG key; one draw an entry.
+      x: Values of a wider float dtype.
+      dtype: bfloat16 or float16.
+
+    Returns:
+      `x` in `dtype`.
+    """
+    bits_dtype = jnp.uint16
+    nearest = x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(nearest, bits_dtype)
+    overshot = jnp.abs(nearest.astype(x.dtype)) > jnp.abs(x)
+    # The bits of a float, its sign aside, count its values upwards from zero.
+    inner_bits = bits - overshot.astype(bits_dtype)
+    inner = jax.lax.bitcast_convert_type(inner_bits, dtype).astype(x.dtype)
+    outer = jax.lax.bitcast_convert_type(inner_bits + 1, dtype)
+    gap = jnp.abs(outer.astype(x.dtype)) - jnp.abs(inner)
+    fraction = (jnp.abs(x) - jnp.abs(inner)) / gap
+    outwards = jax.random.uniform(key, x.shape, x.dtype) < fraction
+    rounded = jax.lax.bitcast_convert_type(inner_bits + outwards.astype(bits_dtype), dtype)
+    return jnp.where(jnp.isfinite(x) & jnp.isfinite(gap), rounded, nearest)
+
+
+def apply_updates_stochastic(params: PyTree, updates: PyTree, key: PRNGKeyArray) -> PyTree:
+    """Adds updates to parameters, rounding stochastically where a parameter is narrower than
+    float32.
+
+    A learning rate small against a bfloat16 weight's spacing (2^-8 of its size) is lost by rounding
+    to nearest; stochastic rounding keeps its expectation: `E[result] = params + updates`. Used in
+    place of `optax.apply_updates`.
+
+    Args:
+      params: Parameters. bfloat16 and float16 leaves are rounded stochastically, float32 and
+        float64 ones added as by `optax.apply_updates`.
+      updates: Updates of the parameters' structure and shapes; a None leaves its parameters as they
+        are.
+      key: PRNG key, a new one every step. Each leaf folds in its path, so other leaves do not
+        matter to it.
+
+    Returns:
+      Parameters of the same structure, shapes and dtypes.
+
+    Raises:
+      TypeError: A parameter of another dtype.
+      ValueError: Updates of another structure or shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from apollo_optax import apply_updates_stochastic
+      >>> params = jnp.ones(10_000, jnp.bfloat16)
+      >>> moved = apply_updates_stochastic(params, jnp.full(10_000, 1e-3), jax.random.key(0))
+      >>> moved.dtype, bool(abs(moved.astype(float).mean() - 1.001) < 2e-4)
+      (dtype(bfloat16), True)
+    """
+    named, treedef = named_leaves(params)
+    given = treedef.flatten_up_to(updates)
+
+    def add(path: tuple[str, ...], param: Array, update: Array | None) -> Array:
+        if update is None:
+            return param
+        if np.shape(update) != param.shape:
+            raise ValueError(
+                f"The update of {spell(path)} has shape {np.shape(update)}, "
+                f"its parameter {param.shape}; they must be equal."
+            )
+        if param.dtype in (jnp.bfloat16, jnp.float16):
+            leaf_key = jax.random.fold_in(key, stable_hash(path))
+            return stochastic_round(leaf_key, param.astype(jnp.float32) + update, param.dtype)
+        if not jnp.issubdtype(param.dtype, jnp.floating):
+            raise TypeError(
+                f"{spell(path)} has dtype {param.dtype}; allowed are real floating dtypes."
+            )
+        return (param + update).astype(param.dtype)
+
+    added = [add(path, param, u) for (path, param), u in zip(named, given, strict=True)]
+    return jax.tree.unflatten(treedef, added)

@@ -1,0 +1,445 @@
+"""The APOLLO update as an Optax gradient transformation, and its norm-growth limiter alone."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
+
+from apollo_optax._arguments import (
+    require_callable,
+    require_number,
+    require_one_of,
+    require_positive_integer,
+)
+from apollo_optax._keys import key_data, require_key, wrap_like
+from apollo_optax._matrices import (
+    MatrixAxes,
+    WeightDimensionNumbers,
+    axes_of_each_leaf,
+    broadcast_to_leaf,
+    low_rank_shape,
+    matrices_of,
+    project,
+    projection_shape,
+    sum_of_squares_per_channel,
+    warn_of_unprojected_leaves,
+)
+from apollo_optax._paths import Path, lookup, named_leaves, nest, spell, stable_hash
+from apollo_optax._projection import (
+    Projection,
+    check_projection,
+    draw_for_each_matrix,
+    gaussian,
+    svd,
+)
+
+Granularity = Literal["channel", "tensor"]
+
+# Where the published update adds 1e-8 to a norm.
+_NORM_EPS = 1e-8
+
+
+class ScaleByApolloState(NamedTuple):
+    """State of `scale_by_apollo`: arrays only, in plain dictionaries nested by the parameters'
+    names.
+
+    Attributes:
+      count: Steps taken, int32 scalar.
+      key: Data of the PRNG key from which every projection is redrawn, uint32.
+      mu: First moment. Of a matrix: of the projected gradient, `(*batch, min(rank, m), *channel)`.
+        Of any other leaf: of the gradient, in the leaf's shape. float32 (float64 for float64
+        leaves) unless `mu_dtype` is given.
+      nu: Second moment, shaped as `mu`, float32 or float64.
+      norm: Norm of a matrix's last update that was not zero, `(*batch,)`; 0 before the first.
+        Leaves that are not matrices have no entry.
+      projection: With `projection=svd`, the P in use, `(*batch, min(rank, m), m)`; otherwise empty.
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # tuple has a method of this name
+    key: UInt32[Array, "..."]
+    mu: PyTree
+    nu: PyTree
+    norm: PyTree
+    projection: PyTree = {}  # noqa: RUF012
+
+
+class LimitNormGrowthState(NamedTuple):
+    """State of `limit_norm_growth`.
+
+    Attributes:
+      norm: Norm of each leaf's (or matrix's) last update that was not zero; 0 before the first.
+    """
+
+    norm: PyTree
+
+
+class _LeafState(NamedTuple):
+    """One leaf's share of the state; None where the leaf has no entry."""
+
+    mu: Array
+    nu: Array
+    norm: Any = None
+    projection: Any = None
+
+
+class _Settings(NamedTuple):
+    scale: ArrayLike
+    granularity: Granularity
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    norm_growth_limit: ArrayLike | None
+
+
+def _gather(count: Array, key: Array, leaves: dict[Path, _LeafState]) -> ScaleByApolloState:
+    def nested(field: str) -> PyTree:
+        values = [(path, getattr(leaf, field)) for path, leaf in leaves.items()]
+        return nest((path, value) for path, value in values if value is not None)
+
+    return ScaleByApolloState(count, key, *(nested(field) for field in _LeafState._fields))
+
+
+def _leaf_state(state: ScaleByApolloState, path: Path) -> _LeafState:
+    def entry(field: PyTree) -> Array | None:
+        try:
+            return lookup(field, path)
+        except KeyError:
+            return None
+
+    mu, nu = entry(state.mu), entry(state.nu)
+    if mu is None or nu is None:
+        raise ValueError(
+            f"The state has no moments for {spell(path)}: init made it for other parameters. "
+            f"Call init again, or restore the state that belongs to these."
+        )
+    return _LeafState(mu, nu, entry(state.norm), entry(state.projection))
+
+
+def _require_real_floating(named: list[tuple[Path, Any]]) -> None:
+    for path, leaf in named:
+        dtype = getattr(leaf, "dtype", type(leaf))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{spell(path)} has dtype {dtype}; allowed are real floating dtypes. Leave other "
+                f"leaves out, for example with optax.masked or optax.partition."
+            )
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _update_moments(
+    x: Float[Array, "*shape"], state: _LeafState, settings: _Settings
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    mu = jnp.asarray(settings.b1 * state.mu.astype(x.dtype) + (1 - settings.b1) * x)
+    nu = jnp.asarray(settings.b2 * state.nu + (1 - settings.b2) * jnp.square(x))
+    return mu.astype(x.dtype), nu.astype(x.dtype)
+
+
+def _update_adam(
+    g: Float[Array, "*leaf"], state: _LeafState, settings: _Settings, count: Int[Array, ""]
+) -> tuple[Float[Array, "*leaf"], _LeafState]:
+    mu, nu = _update_moments(g.astype(_wide(g.dtype)), state, settings)
+    corrected_mu = mu / (1 - settings.b1**count)
+    corrected_nu = nu / (1 - settings.b2**count)
+    update = corrected_mu / (jnp.sqrt(corrected_nu) + settings.eps)
+    return update.astype(g.dtype), _LeafState(mu.astype(state.mu.dtype), nu)
+
+
+def _update_matrix(
+    G: Float[Array, "*leaf"],
+    P: Float[Array, "*batch rank dim"],
+    axes: MatrixAxes,
+    state: _LeafState,
+    settings: _Settings,
+    count: Int[Array, ""],
+) -> tuple[Float[Array, "*leaf"], _LeafState]:
+    R = project(P, G, axes)
+    mu, nu = _update_moments(R, state, settings)
+    R_tilde = mu / (jnp.sqrt(nu) + settings.eps)
+
+    rank_axis = len(axes.batch)
+    channel_axes = tuple(range(rank_axis, rank_axis + len(axes.channel)))
+    squared_norm = sum_of_squares_per_channel(G, axes)
+    scaled_axes: tuple[int, ...] = (rank_axis,)
+    if settings.granularity == "tensor":
+        scaled_axes = tuple(range(rank_axis, R.ndim))
+        squared_norm, channel_axes = jnp.sum(squared_norm, axis=channel_axes), ()
+    scaling = _norm(R_tilde, scaled_axes) / (_norm(R, scaled_axes) + _NORM_EPS)
+
+    norm = jnp.sqrt(jnp.sum(jnp.square(scaling) * squared_norm, axis=channel_axes))
+    divisor, remembered = limited_norm(norm, state.norm, settings.norm_growth_limit)
+    bias_correction = jnp.sqrt(1 - settings.b2**count) / (1 - settings.b1**count)
+    per_matrix = settings.scale * bias_correction / divisor
+    factor = scaling * jnp.expand_dims(per_matrix, channel_axes)
+    update = G * broadcast_to_leaf(factor, axes)
+    return update.astype(G.dtype), _LeafState(mu.astype(state.mu.dtype), nu, remembered)
+
+
+def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes))
+
+
+def limited_norm(
+    norm: Float[Array, "*batch"], previous: Float[Array, "*batch"], limit: ArrayLike | None
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Returns what an update of this norm is divided by, and the norm to remember.
+
+    A zero norm is not remembered: the published optimizer does, and then lets the weight move by no
+    more than 1e-8.
+    """
+    if limit is None:
+        return jnp.ones_like(norm), jnp.where(norm > 0, norm, previous)
+    growth = norm / (previous + _NORM_EPS)
+    divisor = jnp.where(previous > 0, jnp.maximum(growth, limit) / limit, 1).astype(norm.dtype)
+    limited = norm / divisor
+    return divisor, jnp.where(limited > 0, limited, previous)
+
+
+def scale_by_apollo(
+    rank: int = 256,
+    update_proj_gap: int = 200,
+    scale: ArrayLike = 1.0,
+    granularity: Granularity = "channel",
+    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    norm_growth_limit: ArrayLike | None = 1.01,
+    projection: Projection | Callable[..., Array] | None = None,
+    key: int | PRNGKeyArray = 0,
+    mu_dtype: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales gradients by APOLLO's structured learning rates.
+
+    For a matrix G let m be the size of its smaller side (the reduction axes on a tie):
+
+    .. math::
+      R &= P G, \quad P \in \mathbb{R}^{r \times m} \\
+      M &= b_1 M + (1 - b_1) R, \quad V = b_2 V + (1 - b_2) R^2 \\
+      \tilde R &= M / (\sqrt{V} + \epsilon) \\
+      s &= \|\tilde R\| / (\|R\| + 10^{-8}) \quad \text{per channel of the larger side, or for the
+      matrix} \\ U &= G s, \quad N = \|U\| \\ c &= \max(N / (N_{prev} + 10^{-8}), \gamma) / \gamma \
+      \text{ if } N_{prev} > 0 \text{, else } 1 \\ \text{update} &= \text{scale} \, \frac{\sqrt{1 -
+      b_2^t}}{1 - b_1^t} \, U / c
+
+    and N_prev becomes N / c where that is not 0. Leaves that are not matrices get Adam's update.
+    Gradients are read in their own dtype, everything else is computed in float32 (float64 for
+    float64 leaves), and updates have the gradients' dtype.
+
+    Args:
+      rank: Rows of P, capped at a matrix's smaller side. `2 * rank * n + 1` numbers of state a
+        matrix with larger side n.
+      update_proj_gap: P is redrawn whenever `count % update_proj_gap == 0`. The moments are kept.
+      scale: The paper's alpha, multiplying the updates of matrices: 1 for APOLLO, sqrt(128) for
+        APOLLO-Mini.
+      granularity: "channel": one factor per index of the larger side. "tensor": one factor a
+        matrix.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      norm_growth_limit: gamma, the largest ratio of the norms of a matrix's consecutive updates;
+        None for no limit.
+      projection: `gaussian` (None means it), `rademacher`, `svd`, or a function
+        `(key, refresh, rank, dim) -> float32 (rank, dim)` with `refresh = count //
+        update_proj_gap`.
+      key: Seed or PRNG key of all projections. A matrix's own key is folded in from its path and
+        batch index, so that other leaves do not matter to it.
+      mu_dtype: Dtype the first moment is kept in.
+      weight_dimension_numbers: Which axes make a matrix: None (leaves with two axes are matrices;
+        one with more is trained with Adam and warned of), one `ApolloDimensionNumbers` for every
+        leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
+        for leaves left to Adam, or a function of the parameters that returns one, such as
+        `transformer_dimension_numbers`.
+
+    Returns:
+      A gradient transformation whose state is a `ScaleByApolloState`.
+
+    Raises:
+      TypeError: An argument of the wrong type, here; a parameter or gradient that is not real
+        floating point, or a projection that returns another dtype than float32, at init.
+      ValueError: An argument out of range, here; axes that do not fit a parameter, or a projection
+        that returns another shape than (rank, dim), at init; gradients that do not match the state,
+        at update.
+
+    References:
+      Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, MLSys 2025,
+      https://arxiv.org/abs/2412.05270
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import apollo_optax
+      >>> params = {"kernel": jnp.ones((64, 256)), "bias": jnp.zeros(256)}
+      >>> tx = optax.chain(apollo_optax.scale_by_apollo(rank=8), optax.scale_by_learning_rate(0.01))
+      >>> state = tx.init(params)
+      >>> state[0].mu["kernel"].shape
+      (8, 256)
+    """
+    require_positive_integer("rank", rank)
+    require_positive_integer("update_proj_gap", update_proj_gap)
+    require_number("scale", scale, above=0)
+    require_one_of("granularity", granularity, ("channel", "tensor"))
+    require_number("b1", b1, at_least=0, below=1)
+    require_number("b2", b2, at_least=0, below=1)
+    require_number("eps", eps, above=0)
+    if norm_growth_limit is not None:
+        require_number("norm_growth_limit", norm_growth_limit, above=1)
+    draw = gaussian if projection is None else projection
+    require_callable("projection", draw, "(key, refresh, rank, dim) -> float32 (rank, dim)")
+    require_key("key", key)
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
+    settings = _Settings(scale, granularity, b1, b2, eps, norm_growth_limit)
+
+    def init_leaf(leaf: Any, axes: MatrixAxes | None) -> _LeafState:
+        dtype = _wide(leaf.dtype)
+        shape = leaf.shape if axes is None else low_rank_shape(leaf.shape, axes, rank)
+        moments = _LeafState(jnp.zeros(shape, mu_dtype or dtype), jnp.zeros(shape, dtype))
+        if axes is None:
+            return moments
+        *batch_shape, capped_rank, dim = projection_shape(leaf.shape, axes, rank)
+        moments = moments._replace(norm=jnp.zeros(batch_shape, dtype))
+        if draw is svd:
+            return moments._replace(
+                projection=jnp.zeros((*batch_shape, capped_rank, dim), jnp.float32)
+            )
+        check_projection(draw, capped_rank, dim)
+        return moments
+
+    def init(params: PyTree) -> ScaleByApolloState:
+        count, key_array = jnp.zeros([], jnp.int32), key_data(key)
+        named, _ = named_leaves(params)
+        if not named:
+            # Nothing to train, or the placeholder by which optax.tree_map_params finds the fields
+            # of a state that mirror the parameters.
+            stored = params if draw is svd else {}
+            return ScaleByApolloState(count, key_array, params, params, params, stored)
+        _require_real_floating(named)
+        if weight_dimension_numbers is None:
+            warn_of_unprojected_leaves(params)
+        axes = axes_of_each_leaf(weight_dimension_numbers, params)
+        return _gather(
+            count, key_array, {path: init_leaf(leaf, axes[path]) for path, leaf in named}
+        )
+
+    def projection_of(
+        G: Array, axes: MatrixAxes, path: Path, leaf: _LeafState, state: ScaleByApolloState
+    ) -> Float[Array, "*batch rank dim"]:
+        *batch_shape, capped_rank, dim = projection_shape(G.shape, axes, rank)
+        if leaf.projection is not None:
+            due = state.count % update_proj_gap == 0
+            return jax.lax.cond(
+                due,
+                lambda G, _: svd(matrices_of(G, axes), capped_rank),
+                lambda _, P: P,
+                G,
+                leaf.projection,
+            )
+        leaf_key = jax.random.fold_in(wrap_like(state.key, key), stable_hash(path))
+        refresh = state.count // update_proj_gap
+        return draw_for_each_matrix(draw, leaf_key, refresh, tuple(batch_shape), capped_rank, dim)
+
+    def update(
+        updates: PyTree, state: ScaleByApolloState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, ScaleByApolloState]:
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+        named, treedef = named_leaves(updates)
+        if not named:
+            return updates, state._replace(count=count)
+        axes = axes_of_each_leaf(weight_dimension_numbers, updates)
+        scaled, leaves = [], {}
+        for path, G in named:
+            leaf = _leaf_state(state, path)
+            if (matrix := axes[path]) is None:
+                u, leaves[path] = _update_adam(G, leaf, settings, count)
+            else:
+                P = projection_of(G, matrix, path, leaf, state)
+                u, new_leaf = _update_matrix(G, P, matrix, leaf, settings, count)
+                leaves[path] = new_leaf._replace(projection=P if draw is svd else None)
+            scaled.append(u)
+        return jax.tree.unflatten(treedef, scaled), _gather(count, state.key, leaves)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def limit_norm_growth(
+    limit: ArrayLike = 1.01, *, weight_dimension_numbers: WeightDimensionNumbers = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limits how fast the norm of each leaf's update may grow: APOLLO's limiter, after any
+    transformation.
+
+    .. math::
+      c = \max(N / (N_{prev} + 10^{-8}), \gamma) / \gamma, \quad U \leftarrow U / c
+
+    where N is the norm of a leaf's update, in float32 (float64 for float64 leaves), and N_prev the
+    norm of the last one that was not zero. The first update passes as it is.
+
+    Args:
+      limit: gamma, the largest ratio of consecutive norms.
+      weight_dimension_numbers: Where given (as in `scale_by_apollo`), each matrix of a stacked leaf
+        has a norm of its own. None: one norm a leaf.
+
+    Returns:
+      A gradient transformation whose state is a `LimitNormGrowthState`.
+
+    Raises:
+      TypeError: If `limit` is not a number.
+      ValueError: If `limit` is not above 1.
+
+    References:
+      Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024,
+      https://arxiv.org/abs/2410.01623
+
+    Example:
+      >>> import optax
+      >>> from apollo_optax import limit_norm_growth
+      >>> tx = optax.chain(optax.scale_by_adam(), limit_norm_growth(1.01), optax.scale(-0.001))
+    """
+    require_number("limit", limit, above=1)
+
+    def batch_axes_of(tree: PyTree) -> dict[Path, tuple[int, ...]]:
+        if weight_dimension_numbers is None:
+            return {path: () for path, _ in named_leaves(tree)[0]}
+        axes = axes_of_each_leaf(weight_dimension_numbers, tree)
+        return {path: matrix.batch if matrix else () for path, matrix in axes.items()}
+
+    def init(params: PyTree) -> LimitNormGrowthState:
+        named, _ = named_leaves(params)
+        if not named:
+            return LimitNormGrowthState(params)
+        _require_real_floating(named)
+        batch = batch_axes_of(params)
+        return LimitNormGrowthState(
+            nest(
+                (path, jnp.zeros([leaf.shape[a] for a in batch[path]], _wide(leaf.dtype)))
+                for path, leaf in named
+            )
+        )
+
+    def update(
+        updates: PyTree,
+        state: LimitNormGrowthState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, LimitNormGrowthState]:
+        del params, extra_args
+        named, treedef = named_leaves(updates)
+        if not named:
+            return updates, state
+        batch = batch_axes_of(updates)
+        limited, norms = [], []
+        for path, u in named:
+            inner = tuple(a for a in range(u.ndim) if a not in batch[path])
+            norm = _norm(u.astype(_wide(u.dtype)), inner)
+            divisor, remembered = limited_norm(norm, lookup(state.norm, path), limit)
+            limited.append((u / jnp.expand_dims(divisor, inner)).astype(u.dtype))
+            norms.append((path, remembered))
+        return jax.tree.unflatten(treedef, limited), LimitNormGrowthState(nest(norms))
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,1 @@
+"""Applications of apollo_optax that use only its public names."""
