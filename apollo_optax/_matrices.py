@@ -228,7 +228,7 @@ def _batch_first(x: Float[Array, "..."], axes: MatrixAxes) -> Float[Array, "..."
 
 
 def broadcast_to_leaf(factor: Float[Array, "..."], axes: MatrixAxes) -> Float[Array, "*leaf"]:
-    """Gives a factor per channel, or per matrix, the leaf's axes, of size 1 where it is constant."""
+    """Gives a factor per channel or matrix the leaf's axes, of size 1 where it is constant."""
     kept = _kept_axes(axes)
     factor = factor.reshape(factor.shape + (1,) * (len(kept) - factor.ndim))
     order = sorted(range(len(kept)), key=kept.__getitem__)

@@ -65,7 +65,8 @@ def rademacher(
     words = jax.random.bits(
         jax.random.fold_in(key, refresh), (rank, -(-dim // _BITS_PER_WORD)), jnp.uint32
     )
-    bits = (words[..., None] >> jnp.arange(_BITS_PER_WORD, dtype=jnp.uint32)) & 1
+    shifts = jnp.arange(_BITS_PER_WORD, dtype=jnp.uint32)
+    bits = (words[:, :, None] >> shifts[None, None, :]) & 1
     bits = bits.reshape(rank, -1)[:, :dim]
     magnitude = jnp.float32(rank**-0.5)
     return jnp.where(bits == 1, magnitude, -magnitude)

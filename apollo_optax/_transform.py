@@ -102,7 +102,7 @@ def _gather(count: Array, key: Array, leaves: dict[Path, _LeafState]) -> ScaleBy
     return ScaleByApolloState(count, key, *(nested(field) for field in _LeafState._fields))
 
 
-def _leaf_state(state: ScaleByApolloState, path: Path) -> _LeafState:
+def _leaf_state(state: ScaleByApolloState, path: Path, moment_shape: tuple[int, ...]) -> _LeafState:
     def entry(field: PyTree) -> Array | None:
         try:
             return lookup(field, path)
@@ -110,10 +110,11 @@ def _leaf_state(state: ScaleByApolloState, path: Path) -> _LeafState:
             return None
 
     mu, nu = entry(state.mu), entry(state.nu)
-    if mu is None or nu is None:
+    if mu is None or nu is None or mu.shape != moment_shape:
+        found = "no moments" if mu is None else f"moments of shape {mu.shape}"
         raise ValueError(
-            f"The state has no moments for {spell(path)}: init made it for other parameters. "
-            f"Call init again, or restore the state that belongs to these."
+            f"The state has {found} for {spell(path)}, whose gradient needs {moment_shape}: init "
+            f"made it for other parameters, rank or axes. Call init again or restore one that fits."
         )
     return _LeafState(mu, nu, entry(state.norm), entry(state.projection))
 
@@ -296,9 +297,11 @@ def scale_by_apollo(
         raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
     settings = _Settings(scale, granularity, b1, b2, eps, norm_growth_limit)
 
+    def moment_shape(shape: tuple[int, ...], axes: MatrixAxes | None) -> tuple[int, ...]:
+        return shape if axes is None else low_rank_shape(shape, axes, rank)
+
     def init_leaf(leaf: Any, axes: MatrixAxes | None) -> _LeafState:
-        dtype = _wide(leaf.dtype)
-        shape = leaf.shape if axes is None else low_rank_shape(leaf.shape, axes, rank)
+        dtype, shape = _wide(leaf.dtype), moment_shape(leaf.shape, axes)
         moments = _LeafState(jnp.zeros(shape, mu_dtype or dtype), jnp.zeros(shape, dtype))
         if axes is None:
             return moments
@@ -355,7 +358,7 @@ def scale_by_apollo(
         axes = axes_of_each_leaf(weight_dimension_numbers, updates)
         scaled, leaves = [], {}
         for path, G in named:
-            leaf = _leaf_state(state, path)
+            leaf = _leaf_state(state, path, moment_shape(G.shape, axes[path]))
             if (matrix := axes[path]) is None:
                 u, leaves[path] = _update_adam(G, leaf, settings, count)
             else:

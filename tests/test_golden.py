@@ -83,7 +83,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def decay_order_tolerance(recorded: Trajectory) -> float:
-    """The published optimizer decays the updated weight, Optax the old: lr * wd * |update| a step."""
+    """The published optimizer decays the updated weight, Optax the old: lr wd |update| a step."""
     config = recorded.config
     moved = np.diff(recorded.params, axis=0, prepend=recorded.init[None])
     relative_update = np.linalg.norm(moved, axis=(1, 2)) / np.linalg.norm(
@@ -114,7 +114,7 @@ def test_bfloat16_follows_float32_within_its_precision(path):
     coarse, _ = replay(recorded, optimizer(recorded), jnp.bfloat16)
     epsilon = float(jnp.finfo(jnp.bfloat16).eps)
     steps = np.arange(1, len(weights) + 1)
-    # Rounding to nearest errs by half a unit in the last place a step, plus the rounded initial weight.
+    # Half a unit in the last place for the initial weight, and again for every step.
     assert (relative_error(coarse, weights) < epsilon / 2 * (1 + np.sqrt(steps))).all()
 
 

@@ -1,0 +1,24 @@
+"""Every Python block of the README and the docs runs, and what trains in it learns."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(BLOCK.findall(page.read_text()))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_runs_and_learns(block):
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    exec(compile(block, "docs", "exec"), namespace)
+    if losses := namespace.get("losses"):
+        assert isinstance(losses, list)
+        assert losses[-1] < 0.5 * losses[0]
