@@ -1,0 +1,1 @@
+"""LLaMA pre-trained with APOLLO, AdamW and others on real text."""

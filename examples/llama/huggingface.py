@@ -1,0 +1,287 @@
+"""LLaMA checkpoints in Hugging Face's format, read and written.
+
+A checkpoint is a folder with `config.json` and the tensors in `model.safetensors`, or in several
+such files that `model.safetensors.index.json` lists. Hugging Face stores one tensor for each layer
+and matrices as (out, in); ours are stacked over the layers and (in, out).
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.model import Params, init_params
+
+__all__ = ["load_llama", "save_llama"]
+
+_TENSOR_NAMES = {
+    "embed.embedding": "model.embed_tokens.weight",
+    "blocks.attention_norm.scale": "model.layers.{layer}.input_layernorm.weight",
+    "blocks.attention.q_proj.kernel": "model.layers.{layer}.self_attn.q_proj.weight",
+    "blocks.attention.k_proj.kernel": "model.layers.{layer}.self_attn.k_proj.weight",
+    "blocks.attention.v_proj.kernel": "model.layers.{layer}.self_attn.v_proj.weight",
+    "blocks.attention.o_proj.kernel": "model.layers.{layer}.self_attn.o_proj.weight",
+    "blocks.mlp_norm.scale": "model.layers.{layer}.post_attention_layernorm.weight",
+    "blocks.mlp.gate_proj.kernel": "model.layers.{layer}.mlp.gate_proj.weight",
+    "blocks.mlp.up_proj.kernel": "model.layers.{layer}.mlp.up_proj.weight",
+    "blocks.mlp.down_proj.kernel": "model.layers.{layer}.mlp.down_proj.weight",
+    "norm.scale": "model.norm.weight",
+    "lm_head.kernel": "lm_head.weight",
+}
+
+_ONLY_SUPPORTED: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def load_llama(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, Params]:
+    """Reads a LLaMA checkpoint of Hugging Face's format.
+
+    Args:
+        folder: the checkpoint's folder. A head tied to the embedding is copied from it.
+
+    Returns:
+        The model's shape, and its parameters as `init_params` lays them out, in the dtypes in which
+        they are stored.
+
+    Raises:
+        ValueError: if the folder holds no such checkpoint, if its configuration needs what `Llama`
+            does not have (the field is named), or if a tensor is missing or has another shape or
+            a dtype that is not floating-point (the tensor is named).
+    """
+    folder = Path(folder)
+    settings = _read_json(folder / "config.json")
+    config = _config_from_settings(settings)
+    files = _tensor_files(folder)
+    names = dict(_TENSOR_NAMES)
+    if settings.get("tie_word_embeddings"):
+        names["lm_head.kernel"] = names["embed.embedding"]
+
+    def load_leaf(path: jax.tree_util.KeyPath, expected: jax.ShapeDtypeStruct) -> jax.Array:
+        leaf_name = _leaf_name(path)
+        template = names[leaf_name]
+        if "{layer}" not in template:
+            shape = _stored_shape(leaf_name, expected.shape)
+            return jnp.asarray(_transposed(leaf_name, _read_tensor(files, template, shape)))
+        shape = _stored_shape(leaf_name, expected.shape[1:])
+        layers = [
+            _transposed(leaf_name, _read_tensor(files, template.format(layer=layer), shape))
+            for layer in range(config.num_layers)
+        ]
+        return jnp.asarray(np.stack(layers))
+
+    return config, jax.tree.map_with_path(load_leaf, _expected_leaves(config))
+
+
+def save_llama(folder: str | os.PathLike[str], config: LlamaConfig, params: Params) -> None:
+    """Writes a checkpoint that `load_llama` and transformers' `LlamaForCausalLM` read.
+
+    Tensors keep the dtypes of `params`. The folder is made if needed; a checkpoint in it is
+    overwritten. Token ids of begin and end, and the longest context, are the tokenizer's and the
+    training's business: the first are written as absent and the second as transformers' default.
+
+    Raises:
+        ValueError: if `params` are not those of a model of shape `config`.
+    """
+    _check_leaves(config, params)
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        leaf_name = _leaf_name(path)
+        template = _TENSOR_NAMES[leaf_name]
+        array = np.asarray(leaf)
+        for layer, tensor in enumerate(array if "{layer}" in template else [array]):
+            # safetensors writes the memory as it lies, whatever the strides say.
+            tensors[template.format(layer=layer)] = np.ascontiguousarray(
+                _transposed(leaf_name, tensor)
+            )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Older transformers refuse a file that does not name a framework.
+    metadata = {"format": "pt"}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata)
+    settings = _settings_from_config(config, params["embed"]["embedding"].dtype.name)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _leaf_name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _transposed(leaf_name: str, array: np.ndarray) -> np.ndarray:
+    return array.T if leaf_name.endswith(".kernel") else array
+
+
+def _stored_shape(leaf_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if leaf_name.endswith(".kernel") else shape
+
+
+def _expected_leaves(config: LlamaConfig) -> Params:
+    return jax.eval_shape(functools.partial(init_params, config), 0)
+
+
+def _check_leaves(config: LlamaConfig, params: Params) -> None:
+    expected, given = (
+        {_leaf_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (_expected_leaves(config), params)
+    )
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            raise ValueError(
+                f"the parameter {name} has the shape {given.get(name)}; a model of {config} "
+                f"has {expected.get(name)}."
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a LLaMA checkpoint is a folder that has it.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}; it should be an object.")
+    return content
+
+
+def _config_from_settings(settings: dict[str, Any]) -> LlamaConfig:
+    for field, supported in _ONLY_SUPPORTED.items():
+        given = settings.get(field, supported)
+        if given != supported:
+            raise ValueError(
+                f"{field} in config.json is {given!r}; supported is {supported!r} alone."
+            )
+    theta, scaling = _rope_from_settings(settings)
+    config = LlamaConfig(
+        vocab_size=_number(settings, "vocab_size"),
+        hidden_size=_number(settings, "hidden_size"),
+        intermediate_size=_number(settings, "intermediate_size"),
+        num_layers=_number(settings, "num_hidden_layers"),
+        num_heads=_number(settings, "num_attention_heads"),
+        num_kv_heads=settings.get("num_key_value_heads") or 0,
+        rope_theta=theta,
+        rms_norm_eps=settings.get("rms_norm_eps", 1e-6),
+        rope_scaling=scaling,
+    )
+    if settings.get("head_dim") not in (None, config.head_dim):
+        raise ValueError(
+            f"head_dim in config.json is {settings['head_dim']}; supported is hidden_size / "
+            f"num_attention_heads, here {config.head_dim}."
+        )
+    return config
+
+
+def _number(settings: dict[str, Any], field: str, kind: type = int) -> Any:
+    if field not in settings:
+        raise ValueError(f"config.json has no {field}; this kind of checkpoint needs it.")
+    value = settings[field]
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        raise ValueError(f"{field} in config.json is {value!r}; it should be {kind.__name__}.")
+    return value
+
+
+def _rope_from_settings(settings: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    # transformers 5 moved rope_theta and rope_scaling into rope_parameters.
+    field = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
+    rope = settings.get(field) or {}
+    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return theta, None
+    if rope_type != "llama3":
+        raise ValueError(
+            f"{field} in config.json is of type {rope_type!r}; supported are 'default' and "
+            "'llama3'."
+        )
+    return theta, RopeScaling(
+        factor=_number(rope, "factor", float),
+        low_freq_factor=_number(rope, "low_freq_factor", float),
+        high_freq_factor=_number(rope, "high_freq_factor", float),
+        original_context=_number(rope, "original_max_position_embeddings"),
+    )
+
+
+def _settings_from_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        **_ONLY_SUPPORTED,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    scaling = config.rope_scaling
+    if scaling is not None:
+        settings["max_position_embeddings"] = int(scaling.factor * scaling.original_context)
+        settings["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    return settings
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Returns the file of every tensor by the tensor's name; one file goes before an index."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with _open(single) as tensors:
+            return dict.fromkeys(tensors.keys(), single)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = _read_json(index).get("weight_map", {})
+        return {name: folder / file for name, file in files.items()}
+    raise ValueError(
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json; other formats "
+        "are converted by loading and saving with transformers."
+    )
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist, but the checkpoint's index lists it.")
+    try:
+        return safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+
+
+def _read_tensor(files: dict[str, Path], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in files:
+        raise ValueError(f"the checkpoint has no tensor {name}; its config.json implies it.")
+    with _open(files[name]) as tensors:
+        tensor = tensors.get_tensor(name)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"the tensor {name} has the shape {tensor.shape}; config.json implies {shape}."
+        )
+    if tensor.dtype.name not in _FLOATS:
+        raise ValueError(
+            f"the tensor {name} is {tensor.dtype.name}; supported are {', '.join(_FLOATS)}, "
+            "without quantization."
+        )
+    return tensor

@@ -1,0 +1,320 @@
+"""LLaMA (Touvron et al., 2023) in Flax NNX.
+
+Pre-normalised blocks of causal attention with rotary embeddings and of SwiGLU, an untied head. The
+blocks are one module whose parameters are stacked over the layers, run by one scan.
+
+`Llama` is the model. Training handles its parameters as a plain nested dict of arrays and calls
+pure functions: `embed`, `block` and `logits` over `params["blocks"]`, one layer at a time, and all
+the rest, and `forward`, which is made of the three.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from examples.llama.config import LlamaConfig
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Llama",
+    "Mlp",
+    "Params",
+    "block",
+    "cross_entropy",
+    "embed",
+    "forward",
+    "init_params",
+    "logits",
+    "rotary_embedding",
+]
+
+Params = dict[str, Any]
+Hidden = Float[Array, "batch sequence hidden"]
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+
+
+def _normal_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    # A bfloat16 draw has 128 distinct magnitudes and no tails, so the draw is float32's.
+    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _rotary_frequencies(config: LlamaConfig) -> Float[Array, " half_head"]:
+    """Returns the angle in radians by which each pair of channels turns from token to token."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns_per_context = scaling.original_context * frequencies / (2 * jnp.pi)
+    kept = (turns_per_context - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    kept = jnp.clip(kept, 0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def rotary_embedding(
+    config: LlamaConfig, x: Float[Array, "batch sequence heads head_dim"]
+) -> Float[Array, "batch sequence heads head_dim"]:
+    """Turns every channel pair (i, i + head_dim / 2) by its frequency times the token's position.
+
+    Computed in float32, returned in the dtype of `x`.
+    """
+    positions = jnp.arange(x.shape[1], dtype=jnp.float32)
+    angles = jnp.outer(positions, _rotary_frequencies(config))[None, :, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary embeddings and grouped key and value heads."""
+
+    def __init__(
+        self, config: LlamaConfig, *, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        linear = _linear(param_dtype, dtype, rngs)
+        self.config = config
+        self.q_proj = linear(config.hidden_size, config.hidden_size)
+        self.k_proj = linear(config.hidden_size, config.kv_size)
+        self.v_proj = linear(config.hidden_size, config.kv_size)
+        self.o_proj = linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """Mixes every token with those before it."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        tokens = _tokens(x)
+        query = rotary_embedding(self.config, self.q_proj(tokens).reshape(heads))
+        key = rotary_embedding(self.config, self.k_proj(tokens).reshape(heads))
+        value = self.v_proj(tokens).reshape(heads)
+        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return self.o_proj(attended.reshape(tokens.shape)).reshape(x.shape)
+
+
+class Mlp(nnx.Module):
+    """The SwiGLU feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: LlamaConfig, *, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        linear = _linear(param_dtype, dtype, rngs)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """Transforms every token by itself."""
+        tokens = _tokens(x)
+        gated = jax.nn.silu(self.gate_proj(tokens)) * self.up_proj(tokens)
+        return self.down_proj(gated).reshape(x.shape)
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward, each normalised before and added to its input."""
+
+    def __init__(
+        self, config: LlamaConfig, *, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.attention_norm = _norm(config, param_dtype, dtype, rngs)
+        self.attention = Attention(config, param_dtype=param_dtype, dtype=dtype, rngs=rngs)
+        self.mlp_norm = _norm(config, param_dtype, dtype, rngs)
+        self.mlp = Mlp(config, param_dtype=param_dtype, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """Returns the residual stream after this layer."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """A LLaMA language model.
+
+    `embed`, `norm` and `lm_head` are plain modules; `blocks` is one `Block` whose every parameter
+    has a leading axis of layers.
+
+    Args:
+        config: the model's shape.
+        param_dtype: dtype of the parameters.
+        dtype: dtype of the matrix products and of the residual stream. Norm statistics, rotary
+            embeddings and logits are float32 whatever it is.
+        remat: whether the backward pass recomputes each block from its input instead of keeping
+            the block's activations.
+        rngs: source of the initial parameters: normal with standard deviation 0.02, norms one.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked_block(rngs: nnx.Rngs) -> Block:
+            return Block(config, param_dtype=param_dtype, dtype=dtype, rngs=rngs)
+
+        self.embed = _embedding(config, param_dtype, dtype, rngs)
+        self.blocks = stacked_block(rngs)
+        self.norm = _norm(config, param_dtype, dtype, rngs)
+        self.lm_head = _head(config, param_dtype, dtype, rngs)
+        self.remat = remat
+
+    def __call__(
+        self, tokens: Int[Array, "batch sequence"]
+    ) -> Float[Array, "batch sequence vocab"]:
+        """Returns the float32 logits of the token after each of `tokens`."""
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def apply(layer: nnx.State, x: Hidden) -> Hidden:
+            return nnx.merge(graphdef, layer)(x)
+
+        x = _scan_layers(apply, stacked, self.embed(tokens), remat=self.remat)
+        return _apply_head(self.lm_head, self.norm(x))
+
+
+def init_params(
+    config: LlamaConfig, seed: int | Int[Array, ""], *, param_dtype: DTypeLike = jnp.float32
+) -> Params:
+    """Returns the initial parameters of `Llama` as a plain nested dict of arrays.
+
+    The leaves of `params["blocks"]` are stacked over the layers; the other keys are `embed`, `norm`
+    and `lm_head`. Pure, so it can be jitted, and `jax.eval_shape` gives the shapes of any model.
+    """
+    model = Llama(config, param_dtype=param_dtype, rngs=nnx.Rngs(jax.random.key(seed)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def embed(
+    config: LlamaConfig, rest: Params, tokens: Int[Array, "batch sequence"], dtype: DTypeLike
+) -> Hidden:
+    """Looks the tokens up in `rest["embed"]`; `dtype` is the compute dtype from here on."""
+    make = functools.partial(_embedding, config, jnp.float32, dtype)
+    return _bind(make, rest["embed"])(tokens)
+
+
+def block(config: LlamaConfig, block_params: Params, x: Hidden) -> Hidden:
+    """Runs one layer, whose parameters have no axis of layers, in the dtype of `x`."""
+
+    def make(rngs: nnx.Rngs) -> Block:
+        return Block(config, param_dtype=jnp.float32, dtype=x.dtype, rngs=rngs)
+
+    return _bind(make, block_params)(x)
+
+
+def logits(config: LlamaConfig, rest: Params, x: Hidden) -> Float[Array, "batch sequence vocab"]:
+    """Normalises with `rest["norm"]` and applies `rest["lm_head"]`; float32."""
+    norm = _bind(functools.partial(_norm, config, jnp.float32, x.dtype), rest["norm"])
+    head = _bind(functools.partial(_head, config, jnp.float32, x.dtype), rest["lm_head"])
+    return _apply_head(head, norm(x))
+
+
+def forward(
+    config: LlamaConfig,
+    params: Params,
+    tokens: Int[Array, "batch sequence"],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+) -> Float[Array, "batch sequence vocab"]:
+    """Returns what `Llama(config, dtype=dtype, remat=remat)` with these parameters does."""
+    x = embed(config, params, tokens, dtype)
+    x = _scan_layers(functools.partial(block, config), params["blocks"], x, remat=remat)
+    return logits(config, params, x)
+
+
+def cross_entropy(
+    logits: Float[Array, "batch sequence vocab"], targets: Int[Array, "batch sequence"]
+) -> Float[Array, "batch sequence"]:
+    """Returns the float32 loss of each token, in nats: minus the log-probability of its target."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+def _tokens(x: Hidden) -> Float[Array, "tokens hidden"]:
+    # On a CPU the gradient of a kernel is over twice as fast with one axis of tokens as with two.
+    return x.reshape(-1, x.shape[-1])
+
+
+def _apply_head(head: nnx.Linear, x: Hidden) -> Float[Array, "batch sequence vocab"]:
+    return head(_tokens(x)).reshape(*x.shape[:2], -1)
+
+
+def _linear(
+    param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs, **kwargs: Any
+) -> Callable[[int, int], nnx.Linear]:
+    return functools.partial(
+        nnx.Linear,
+        use_bias=False,
+        kernel_init=_normal_init,
+        param_dtype=param_dtype,
+        dtype=dtype,
+        rngs=rngs,
+        **kwargs,
+    )
+
+
+def _norm(
+    config: LlamaConfig, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.rms_norm_eps,
+        param_dtype=param_dtype,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _embedding(
+    config: LlamaConfig, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Embed:
+    return nnx.Embed(
+        config.vocab_size,
+        config.hidden_size,
+        embedding_init=_normal_init,
+        param_dtype=param_dtype,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _head(
+    config: LlamaConfig, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    linear = _linear(param_dtype, dtype, rngs, preferred_element_type=jnp.float32)
+    return linear(config.hidden_size, config.vocab_size)
+
+
+def _bind(make: Callable[[nnx.Rngs], ModuleT], params: Params) -> ModuleT:
+    """Returns the module that `make` describes, holding `params`; nothing is drawn or allocated."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    names, expected = _leaf_names(params), _leaf_names(nnx.to_pure_dict(state))
+    if names != expected:
+        # nnx.merge takes the leaves in their order, whatever their names.
+        raise ValueError(f"the parameters are {names}; the module has {expected}.")
+    return nnx.merge(graphdef, params)
+
+
+def _leaf_names(params: Params) -> list[str]:
+    leaves = jax.tree.leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+
+
+def _scan_layers(
+    apply: Callable[[Any, Hidden], Hidden], stacked: Any, x: Hidden, *, remat: bool
+) -> Hidden:
+    if remat:
+        # Inside a scan there is nothing to merge the recomputation with.
+        apply = jax.checkpoint(apply, prevent_cse=False)
+    return jax.lax.scan(lambda x, layer: (apply(layer, x), None), x, stacked)[0]

@@ -1,0 +1,313 @@
+"""The tests marked `huggingface` compare with transformers: pytest -m huggingface FILE."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from examples.llama import model
+from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.huggingface import load_llama, save_llama
+
+GROUPED = LlamaConfig(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_theta=500_000.0,
+    rms_norm_eps=1e-5,
+)
+STRETCHED = dataclasses.replace(
+    GROUPED,
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64
+    ),
+)
+
+
+def random_params(config, dtype=jnp.float32):
+    shapes = jax.eval_shape(functools.partial(model.init_params, config), 0)
+    generator = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), dtype), shapes)
+
+
+def assert_equal_params(actual, expected):
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), actual, expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint folder of `GROUPED`."""
+    save_llama(tmp_path / "checkpoint", GROUPED, random_params(GROUPED))
+    return tmp_path / "checkpoint"
+
+
+def change_settings(folder, **changes):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
+
+
+def change_tensors(folder, **changes):
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not ...}, path)
+
+
+def shard(folder):
+    """Splits the checkpoint into two files and an index, as transformers does."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weight_map = {name: files[i % 2] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("config", [GROUPED, STRETCHED])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_loading_returns_what_was_saved(tmp_path, config, dtype):
+    params = random_params(config, dtype)
+    save_llama(tmp_path / "new" / "folder", config, params)
+    loaded_config, loaded = load_llama(str(tmp_path / "new" / "folder"))
+    assert loaded_config == config
+    assert_equal_params(loaded, params)
+
+
+def test_tensors_have_the_names_and_shapes_of_transformers(folder):
+    shapes = {
+        name: tensor.shape for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    assert len(shapes) == 3 + 9 * GROUPED.num_layers
+    assert shapes["model.embed_tokens.weight"] == (31, 16)
+    assert shapes["lm_head.weight"] == (31, 16)
+    assert shapes["model.layers.2.self_attn.k_proj.weight"] == (8, 16)
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (16, 24)
+    assert shapes["model.layers.1.post_attention_layernorm.weight"] == (16,)
+
+
+def test_matrices_are_stored_transposed(folder):
+    stored = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    ours = random_params(GROUPED)["blocks"]["mlp"]["up_proj"]["kernel"][1]
+    np.testing.assert_array_equal(stored, ours.T)
+
+
+def test_shards_load_like_one_file(folder):
+    shard(folder)
+    assert_equal_params(load_llama(folder)[1], random_params(GROUPED))
+
+
+def test_saving_over_shards_replaces_them(folder):
+    shard(folder)
+    params = random_params(GROUPED, jnp.bfloat16)
+    save_llama(folder, GROUPED, params)
+    assert_equal_params(load_llama(folder)[1], params)
+
+
+def test_a_tied_head_is_the_embedding(folder):
+    change_tensors(folder, **{"lm_head.weight": ...})
+    change_settings(folder, tie_word_embeddings=True)
+    _, params = load_llama(folder)
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], params["embed"]["embedding"].T)
+
+
+def test_tensors_that_llama_does_not_need_are_left_alone(folder):
+    change_tensors(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2)})
+    assert_equal_params(load_llama(folder)[1], random_params(GROUPED))
+
+
+def test_absent_optional_settings_are_those_of_transformers(folder):
+    params = random_params(dataclasses.replace(GROUPED, num_kv_heads=4))
+    save_llama(folder, dataclasses.replace(GROUPED, num_kv_heads=4), params)
+    absent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "hidden_act")
+    change_settings(folder, **dict.fromkeys(absent, ...))
+    config, _ = load_llama(folder)
+    assert (config.num_kv_heads, config.rms_norm_eps, config.rope_theta) == (4, 1e-6, 10_000.0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 7.0, "rope_parameters": ..., "rope_scaling": None},
+        {"rope_theta": ..., "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}},
+    ],
+)
+def test_the_rotary_base_is_found_in_either_place(folder, rope):
+    change_settings(folder, **rope)
+    assert load_llama(folder)[0].rope_theta == 7.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": ...}, "config.json has no hidden_size"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers in config.json is '3'; it should be int"),
+        ({"model_type": "mistral"}, "model_type in config.json is 'mistral'.*'llama' alone"),
+        ({"hidden_act": "gelu"}, "hidden_act in config.json is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias in config.json is True"),
+        ({"head_dim": 8}, "head_dim in config.json is 8.* here 4"),
+        ({"num_attention_heads": 3}, "hidden_size 16 is not divisible by num_heads 3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .* type 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters .* type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "config.json has no factor"),
+    ],
+)
+def test_an_unsupported_configuration_is_refused_by_field(folder, changes, message):
+    change_settings(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_llama(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.norm.weight": ...}, "no tensor model.norm.weight"),
+        (
+            {"model.layers.2.mlp.up_proj.weight": np.ones((16, 24), np.float32)},
+            r"model.layers.2.mlp.up_proj.weight has the shape \(16, 24\); .* implies \(24, 16\)",
+        ),
+        ({"lm_head.weight": np.ones((31, 16), np.int8)}, "lm_head.weight is int8"),
+    ],
+)
+def test_an_unusable_tensor_is_refused_by_name(folder, changes, message):
+    change_tensors(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_llama(folder)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        load_llama(tmp_path)
+
+
+def test_a_configuration_without_tensors_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        load_llama(folder)
+
+
+def test_a_missing_shard_is_refused_by_name(folder):
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"00002-of-00002\.safetensors does not exist"):
+        load_llama(folder)
+
+
+def test_a_truncated_file_is_refused_by_name(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_llama(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_configuration_that_is_no_json_object_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds a JSON list)"):
+        load_llama(folder)
+
+
+def test_parameters_of_another_shape_are_not_saved(tmp_path):
+    params = random_params(GROUPED)
+    with pytest.raises(
+        ValueError, match=r"blocks.attention.k_proj.kernel has the shape \(3, 16, 8"
+    ):
+        save_llama(tmp_path, dataclasses.replace(GROUPED, num_kv_heads=4), params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def reference_model(config, **settings):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        settings["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            rope_theta=config.rope_theta,
+            rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+            **settings,
+        )
+    )
+    for name, parameter in reference.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return reference.eval()
+
+
+def reference_logits(reference, tokens):
+    import torch
+
+    with torch.no_grad():
+        return reference(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(0, GROUPED.vocab_size, (2, 100), np.int32)
+
+
+MULTI_HEAD = dataclasses.replace(GROUPED, num_kv_heads=4, rope_theta=10_000.0)
+CASES = {
+    "multi-head": (MULTI_HEAD, {}, {}),
+    "grouped": (GROUPED, {}, {}),
+    "stretched": (STRETCHED, {}, {}),
+    "tied": (GROUPED, {"tie_word_embeddings": True}, {}),
+    "sharded": (GROUPED, {}, {"max_shard_size": "4KB"}),
+}
+
+
+@pytest.mark.huggingface
+@pytest.mark.parametrize("case", CASES)
+def test_logits_match_transformers(tmp_path, tokens, case):
+    config, settings, saving = CASES[case]
+    reference = reference_model(config, **settings)
+    reference.save_pretrained(tmp_path, safe_serialization=True, **saving)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(saving)
+    loaded_config, params = load_llama(tmp_path)
+    assert loaded_config == config
+    expected = reference_logits(reference, tokens)
+    assert np.std(expected) > 0.5
+    np.testing.assert_allclose(model.forward(config, params, tokens), expected, atol=1e-4)
+
+
+@pytest.mark.huggingface
+@pytest.mark.parametrize("config", [MULTI_HEAD, GROUPED, STRETCHED])
+def test_transformers_loads_what_was_saved(tmp_path, tokens, config):
+    import transformers
+
+    reference = reference_model(config)
+    reference.save_pretrained(tmp_path / "theirs", safe_serialization=True)
+    save_llama(tmp_path / "ours", *load_llama(tmp_path / "theirs"))
+    returned, loading = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(loading.values())
+    np.testing.assert_array_equal(
+        reference_logits(returned, tokens), reference_logits(reference, tokens)
+    )
