@@ -1,0 +1,112 @@
+"""Streams a corpus from the Hugging Face hub, resumable at the exact document."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+
+PREFIX = "hf:"
+HELD_OUT_DOCUMENTS = 1000
+
+# What a name without a configuration stands for, where the hub would ask for one.
+_DEFAULT_CONFIGS = {"allenai/c4": "en"}
+
+
+def load_splits(source: str) -> tuple["HubDocuments", "HubDocuments"]:
+    """Opens the training and the validation split of a data set on the hub.
+
+    Nothing is downloaded but what is read. A data set without a `validation` split has its first
+    1,000 training documents held out.
+
+    Args:
+      source: `hf:NAME[:CONFIG]`, such as `hf:allenai/c4:en` (the default of `hf:allenai/c4`) or
+        `hf:FOLDER`, a folder of local files in a format that `datasets` reads. The data set needs
+        a `train` split and a `text` column.
+
+    Returns:
+      The training and the validation documents.
+
+    Raises:
+      ValueError: If the source names nothing, cannot be reached, or has no `train` split.
+      ImportError: If `datasets` is not installed.
+    """
+    name, _, config = source.removeprefix(PREFIX).partition(":")
+    if not name:
+        raise ValueError(f"{source}: no data set named; expected {PREFIX}NAME[:CONFIG]")
+    builder = _open(source, name, config or _DEFAULT_CONFIGS.get(name))
+    splits = builder.as_streaming_dataset()
+    if "train" not in splits:
+        raise ValueError(f"{source}: no train split; the splits are {sorted(splits)}")
+
+    def rows(split: str) -> Any:
+        return builder.as_streaming_dataset(split)
+
+    if "validation" in splits:
+        return (
+            HubDocuments(source, lambda: rows("train")),
+            HubDocuments(source, lambda: rows("validation")),
+        )
+    return (
+        HubDocuments(source, lambda: rows("train").skip(HELD_OUT_DOCUMENTS)),
+        HubDocuments(source, lambda: rows("train").take(HELD_OUT_DOCUMENTS)),
+    )
+
+
+def _open(source: str, name: str, config: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{source}: streaming needs datasets: pip install apollo-optax[hub]"
+        ) from error
+    try:
+        return datasets.load_dataset_builder(name, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source}: cannot be opened: {error}") from error
+
+
+class HubDocuments(grain.IterDataset[str]):
+    """The texts of a streamed data set, in its order; rows without text are left out.
+
+    The state of its iterator is that of `datasets`: the file and the row within. Restoring opens
+    that file and reads up to that row; no earlier file is read again.
+    """
+
+    def __init__(self, name: str, open_rows: Callable[[], Any]):
+        """Makes documents of rows.
+
+        Args:
+          name: What messages call the documents.
+          open_rows: Returns a new `datasets.IterableDataset`: its state is its own, not that of
+            its iterators, so that each iterator needs one.
+        """
+        super().__init__()
+        self._name = name
+        self._open_rows = open_rows
+
+    def __iter__(self) -> grain.DatasetIterator[str]:
+        """Returns an iterator of its own state, at the first document."""
+        return _HubIterator(self._name, self._open_rows())
+
+
+class _HubIterator(grain.DatasetIterator[str]):
+    def __init__(self, name: str, rows: Any):
+        super().__init__()
+        self._name = name
+        self._rows = rows
+        self._remaining: Iterator[Mapping[str, Any]] = iter(rows)
+
+    def __next__(self) -> str:
+        for row in self._remaining:
+            if "text" not in row:
+                raise ValueError(f'{self._name}: no "text" column; the columns are {sorted(row)}')
+            if row["text"]:
+                return row["text"]
+        raise StopIteration
+
+    def get_state(self) -> dict[str, Any]:
+        return self._rows.state_dict()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._rows.load_state_dict(state)
+        self._remaining = iter(self._rows)
