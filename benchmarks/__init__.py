@@ -1,0 +1,1 @@
+"""One file a question, each runnable alone; results are committed as JSON."""

@@ -1,0 +1,92 @@
+"""Which learning rate (and alpha) does each optimizer need on the `nano` model?
+
+    python -m benchmarks.nano_learning_rates --optimizer apollo_mini --learning-rate 0.01 --alpha 8
+
+Trains the README's comparison model on the standard library with one setting and adds a row to
+`results/nano_learning_rates.json`; a setting that has its row is not trained again. Without
+options, all of `GRID`.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import time
+
+import jax
+
+from benchmarks.rows import RESULTS, add_row, read_rows
+from examples.llama import corpus, data, model, optimizers, tokenizer, train
+from examples.llama.config import MODELS
+
+OUTPUT = RESULTS / "nano_learning_rates.json"
+SEQUENCES, SEQUENCE_LENGTH, STEPS = 32, 128, 400
+EVALUATION_BATCHES = 32
+
+GRID: dict[optimizers.OptimizerName, list[tuple[float, float]]] = {
+    "adamw": [(learning_rate, 1.0) for learning_rate in (1e-3, 2e-3, 4e-3)],
+    "apollo": [(learning_rate, 1.0) for learning_rate in (5e-3, 1e-2, 2e-2)],
+    "apollo_mini": list(itertools.product((5e-3, 1e-2, 2e-2), (4.0, 8.0, 128**0.5))),
+}
+
+
+def train_once(settings: optimizers.OptimizerSettings) -> dict[str, float]:
+    """Trains `nano` with these settings; returns its validation loss in nats a byte."""
+    texts = corpus.load_corpus()
+    tokens = tokenizer.load_tokenizer("bytes")
+    batches = data.token_batches(
+        data.encode_documents(texts.train, tokens),
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=SEQUENCES,
+    )
+    held_out = data.evaluation_batches(
+        data.encode_documents(texts.validation, tokens),
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=SEQUENCES,
+        max_batches=EVALUATION_BATCHES,
+    )
+    loss = train.make_loss(MODELS["nano"], dtype="float32", remat=False)
+    tx = optimizers.make_optimizer(settings)
+    state = train.init_state(tx, jax.jit(lambda: model.init_params(MODELS["nano"], 0))())
+    step = train.make_train_step(loss, tx)
+    started = time.perf_counter()
+    for _ in range(settings.total_steps):
+        state, _ = step(state, next(batches)["tokens"])
+    validation = train.mean_loss(jax.jit(loss), state.params, (b["tokens"] for b in held_out))
+    return {"validation_loss": validation, "seconds": time.perf_counter() - started}
+
+
+def main() -> None:
+    """Trains the settings asked for that have no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--optimizer", choices=[*GRID])
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--alpha", type=float, default=1.0)
+    parser.add_argument("--warmup-fraction", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    grid = [(name, *setting) for name, settings in GRID.items() for setting in settings]
+    if options.learning_rate is not None:
+        grid = [(options.optimizer, options.learning_rate, options.alpha)]
+    elif options.optimizer is not None:
+        grid = [setting for setting in grid if setting[0] == options.optimizer]
+    for name, learning_rate, alpha in grid:
+        settings = optimizers.OptimizerSettings(
+            name,
+            learning_rate,
+            options.steps,
+            options.warmup_fraction,
+            alpha=alpha,
+            rank=MODELS["nano"].hidden_size // 4,
+        )
+        row = dataclasses.asdict(settings)
+        if any(row.items() <= done.items() for done in read_rows(OUTPUT)):
+            continue
+        row |= train_once(settings)
+        add_row(OUTPUT, "python -m benchmarks.nano_learning_rates", row)
+        print(
+            f"{name} {learning_rate:g} alpha {alpha:.3g}: {row['validation_loss']:.4f}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

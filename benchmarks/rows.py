@@ -1,0 +1,50 @@
+"""A benchmark's results: rows of a JSON file, with the machine and versions they are from."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """Describes the machine and versions, as far as they bear on a figure."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns the rows measured so far."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def add_row(path: Path, command: str, row: Row) -> None:
+    """Adds a row, so that runs side by side and interrupted ones lose nothing."""
+    with _locked(path):
+        content = {"command": command, "machine": machine(), "rows": [*read_rows(path), row]}
+        complete = path.with_suffix(".tmp")
+        complete.write_text(json.dumps(content, indent=1) + "\n")
+        complete.replace(path)
