@@ -90,6 +90,7 @@ def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*bat
       >>> abs(svd(jnp.diag(jnp.array([1.0, 3.0])), rank=1)).tolist()
       [[0.0, 1.0]]
     """
+    G = G.astype(jnp.promote_types(G.dtype, jnp.float32))
     left, _, _ = jnp.linalg.svd(G, full_matrices=False)
     return jnp.swapaxes(left[..., :rank], -1, -2).astype(jnp.float32)
 
@@ -99,15 +100,18 @@ def draw_for_each_matrix(
     key: PRNGKeyArray,
     refresh: Int[ArrayLike, ""],
     batch_shape: tuple[int, ...],
+    first: Int[ArrayLike, ""],
     rank: int,
     dim: int,
 ) -> Float[Array, "*batch rank dim"]:
-    """Draws the projections of a leaf's matrices, each with the key of its batch index."""
+    """Draws the projections of a leaf's matrices, each with the key of its batch index.
+
+    `first` is where a slice of a stacked leaf starts on the leaf's leading batch axis.
+    """
     if not batch_shape:
         return draw(jax.random.fold_in(key, 0), refresh, rank, dim)
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(
-        jnp.arange(math.prod(batch_shape))
-    )
+    indices = jnp.arange(math.prod(batch_shape)) + first * math.prod(batch_shape[1:])
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
     projections = jax.vmap(lambda matrix_key: draw(matrix_key, refresh, rank, dim))(keys)
     return projections.reshape(*batch_shape, rank, dim)
 

@@ -259,7 +259,9 @@ def scale_by_apollo(
         `transformer_dimension_numbers`.
 
     Returns:
-      A gradient transformation whose state is a `ScaleByApolloState`.
+      A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra
+      argument `first_layer`: with slices of stacked leaves and of their state, the index at which
+      the slices start on the leading batch axis, so that each layer keeps its own projection.
 
     Raises:
       TypeError: An argument of the wrong type, here; a parameter or gradient that is not real
@@ -331,7 +333,12 @@ def scale_by_apollo(
         )
 
     def projection_of(
-        G: Array, axes: MatrixAxes, path: Path, leaf: _LeafState, state: ScaleByApolloState
+        G: Array,
+        axes: MatrixAxes,
+        path: Path,
+        leaf: _LeafState,
+        state: ScaleByApolloState,
+        first: ArrayLike,
     ) -> Float[Array, "*batch rank dim"]:
         *batch_shape, capped_rank, dim = projection_shape(G.shape, axes, rank)
         if leaf.projection is not None:
@@ -345,10 +352,17 @@ def scale_by_apollo(
             )
         leaf_key = jax.random.fold_in(wrap_like(state.key, key), stable_hash(path))
         refresh = state.count // update_proj_gap
-        return draw_for_each_matrix(draw, leaf_key, refresh, tuple(batch_shape), capped_rank, dim)
+        return draw_for_each_matrix(
+            draw, leaf_key, refresh, tuple(batch_shape), first, capped_rank, dim
+        )
 
     def update(
-        updates: PyTree, state: ScaleByApolloState, params: PyTree | None = None, **extra_args: Any
+        updates: PyTree,
+        state: ScaleByApolloState,
+        params: PyTree | None = None,
+        *,
+        first_layer: ArrayLike = 0,
+        **extra_args: Any,
     ) -> tuple[PyTree, ScaleByApolloState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
@@ -362,13 +376,23 @@ def scale_by_apollo(
             if (matrix := axes[path]) is None:
                 u, leaves[path] = _update_adam(G, leaf, settings, count)
             else:
-                P = projection_of(G, matrix, path, leaf, state)
+                P = projection_of(G, matrix, path, leaf, state, first_layer)
                 u, new_leaf = _update_matrix(G, P, matrix, leaf, settings, count)
                 leaves[path] = new_leaf._replace(projection=P if draw is svd else None)
             scaled.append(u)
         return jax.tree.unflatten(treedef, scaled), _gather(count, state.key, leaves)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _norm_of(state: LimitNormGrowthState, path: Path) -> Array:
+    try:
+        return lookup(state.norm, path)
+    except KeyError as error:
+        raise ValueError(
+            f"The state has no norm for {spell(path)}: init made it for other parameters. Call init "
+            f"again or restore one that fits."
+        ) from error
 
 
 def limit_norm_growth(
@@ -385,8 +409,9 @@ def limit_norm_growth(
 
     Args:
       limit: gamma, the largest ratio of consecutive norms.
-      weight_dimension_numbers: Where given (as in `scale_by_apollo`), each matrix of a stacked leaf
-        has a norm of its own. None: one norm a leaf.
+      weight_dimension_numbers: Where given, as in `scale_by_apollo`: matrices are limited, each one
+        of a stacked leaf by its own norm, and other leaves pass as they are. None: every leaf is
+        limited by its norm.
 
     Returns:
       A gradient transformation whose state is a `LimitNormGrowthState`.
@@ -410,18 +435,18 @@ def limit_norm_growth(
         if weight_dimension_numbers is None:
             return {path: () for path, _ in named_leaves(tree)[0]}
         axes = axes_of_each_leaf(weight_dimension_numbers, tree)
-        return {path: matrix.batch if matrix else () for path, matrix in axes.items()}
+        return {path: matrix.batch for path, matrix in axes.items() if matrix}
 
     def init(params: PyTree) -> LimitNormGrowthState:
         named, _ = named_leaves(params)
         if not named:
             return LimitNormGrowthState(params)
         _require_real_floating(named)
-        batch = batch_axes_of(params)
+        leaves = dict(named)
         return LimitNormGrowthState(
             nest(
-                (path, jnp.zeros([leaf.shape[a] for a in batch[path]], _wide(leaf.dtype)))
-                for path, leaf in named
+                (path, jnp.zeros([leaves[path].shape[a] for a in axes], _wide(leaves[path].dtype)))
+                for path, axes in batch_axes_of(params).items()
             )
         )
 
@@ -438,11 +463,13 @@ def limit_norm_growth(
         batch = batch_axes_of(updates)
         limited, norms = [], []
         for path, u in named:
-            inner = tuple(a for a in range(u.ndim) if a not in batch[path])
-            norm = _norm(u.astype(_wide(u.dtype)), inner)
-            divisor, remembered = limited_norm(norm, lookup(state.norm, path), limit)
-            limited.append((u / jnp.expand_dims(divisor, inner)).astype(u.dtype))
-            norms.append((path, remembered))
+            if path in batch:
+                inner = tuple(a for a in range(u.ndim) if a not in batch[path])
+                norm = _norm(u.astype(_wide(u.dtype)), inner)
+                divisor, remembered = limited_norm(norm, _norm_of(state, path), limit)
+                u = (u / jnp.expand_dims(divisor, inner)).astype(u.dtype)
+                norms.append((path, remembered))
+            limited.append(u)
         return jax.tree.unflatten(treedef, limited), LimitNormGrowthState(nest(norms))
 
     return optax.GradientTransformationExtraArgs(init, update)

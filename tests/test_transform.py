@@ -175,6 +175,28 @@ def test_stacked_leaf_is_its_layers_as_separate_leaves(granularity):
         np.testing.assert_allclose(stacked_state.mu[layer], alone_state.mu, rtol=1e-4, atol=1e-6)
 
 
+def test_slices_of_a_stacked_leaf_are_updated_as_the_whole_leaf():
+    G = normal(4, 2, 6, 9)
+    tx = scale_by_apollo(4, weight_dimension_numbers=STACKED)
+    whole, _ = tx.update(G, tx.init(G))
+    for layer in range(4):
+        part = G[layer : layer + 1]
+        update, _ = tx.update(part, tx.init(part), first_layer=layer)
+        np.testing.assert_allclose(update[0], whole[layer], rtol=1e-5, atol=1e-7)
+
+
+def test_svd_takes_bfloat16_gradients_of_stacked_leaves():
+    grads = [normal(3, 6, 9, dtype=jnp.bfloat16, seed=seed) for seed in range(2)]
+    tx = scale_by_apollo(2, projection=svd, weight_dimension_numbers=STACKED)
+    (*_, update), state = run(tx, grads)
+    assert update.dtype == jnp.bfloat16
+    assert state.projection.shape == (3, 2, 6)
+    alone, _ = run(scale_by_apollo(2, projection=svd), [grad[1] for grad in grads])
+    np.testing.assert_allclose(
+        np.asarray(update[1], np.float32), np.asarray(alone[-1], np.float32), rtol=0.02, atol=1e-3
+    )
+
+
 def test_batch_axis_may_stand_anywhere():
     G = normal(3, 6, 9)
     leading, _ = run(scale_by_apollo(4, weight_dimension_numbers=STACKED), [G])
@@ -469,6 +491,12 @@ def test_limiter_alone_matches_its_definition():
         previous = allowed
 
 
+def test_limiter_alone_refuses_the_state_of_other_parameters():
+    tx = limit_norm_growth()
+    with pytest.raises(ValueError, match="no norm for new: init made it for other parameters"):
+        tx.update({"new": jnp.ones(3)}, tx.init({"old": jnp.ones(3)}))
+
+
 def test_limiter_alone_survives_a_zero_update():
     G = normal(6, 9)
     (_, _, last), _ = run(limit_norm_growth(1.01), [G, jnp.zeros_like(G), G])
@@ -478,7 +506,11 @@ def test_limiter_alone_survives_a_zero_update():
 def test_limiter_alone_has_a_norm_a_matrix_where_told_so():
     quiet, loud = normal(6, 9), 50 * normal(6, 9)
     first, second = jnp.stack([quiet, quiet]), jnp.stack([quiet, loud])
-    tx = limit_norm_growth(1.01, weight_dimension_numbers=STACKED)
-    (_, update), _ = run(tx, [first, second])
+    specs = {"weight_dimension_numbers": {"w": STACKED, "b": None}}
+    tx = limit_norm_growth(1.01, **specs)
+    steps = [{"w": first, "b": jnp.ones(3)}, {"w": second, "b": jnp.full(3, 50.0)}]
+    (_, updates), _ = run(tx, steps)
+    update = updates["w"]
+    np.testing.assert_array_equal(updates["b"], steps[1]["b"])
     np.testing.assert_allclose(update[0], quiet, rtol=1e-6)
     np.testing.assert_allclose(jnp.linalg.norm(update[1]), 1.01 * jnp.linalg.norm(quiet), rtol=1e-5)
