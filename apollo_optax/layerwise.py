@@ -1,0 +1,458 @@
+"""Fuses the backward pass with the update, one layer at a time: no gradient of the whole model
+exists.
+
+A model is three pure functions over `{"blocks": stacked, "rest": ...}`. The step runs the blocks
+forward keeping their inputs, then backwards: each block's gradient is made, turned into an update
+by any per-leaf Optax transformation, written into the stacked weights in place, and dropped before
+the next. The optimizer state is the ordinary one of the stacked tree, so checkpoints serve both.
+
+What needs all gradients at once does not go with it. Clipping by the global norm: use APOLLO's
+limiter (`limit_norm_growth`), which needs a matrix's own norm only. Accumulating gradients
+(`optax.MultiSteps`): use a larger micro-batch, whose activations cost less than the gradients kept.
+`optax.apply_if_finite`: check the loss before the step. Statistics of a stacked leaf (a trust
+ratio, a clipped root mean square) are statistics of a layer here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.interpreters import partial_eval
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
+
+from apollo_optax._paths import Path, named_leaves, spell
+from apollo_optax._rounding import apply_updates_stochastic
+
+Batch: TypeAlias = Any
+Params: TypeAlias = Any
+
+
+class LayerwiseModel(NamedTuple):
+    """A model as three pure functions of its parameters `{"blocks": stacked, "rest": rest}`.
+
+    Every leaf of `blocks` has a leading axis of layers. `x` is a pytree of floating-point arrays,
+    of the same shapes and dtypes before and after a block.
+
+    Attributes:
+      embed: `(rest, batch) -> x`, before the first block.
+      block: `(one layer's parameters, x) -> x`, or `-> (x, aux)` if `has_aux`.
+      loss: `(rest, x, batch) -> scalar`, after the last block; `(rest, x, batch, aux)` if
+        `has_aux`, with `aux` summed over the layers.
+      has_aux: Whether blocks return an auxiliary output, such as a balancing loss.
+    """
+
+    embed: Callable[[PyTree, Batch], PyTree]
+    block: Callable[[PyTree, PyTree], Any]
+    loss: Callable[..., Float[Array, ""]]
+    has_aux: bool = False
+
+
+class WeightFormat(NamedTuple):
+    """How weights are read before use and written after an update, one layer at a time.
+
+    Attributes:
+      read: `params -> params` of floating-point arrays, which gradients are taken for.
+      write: `(params, updates, key) -> params`, adding the updates of what `read` returned.
+    """
+
+    read: Callable[[Params], Params]
+    write: Callable[[Params, PyTree, PRNGKeyArray], Params]
+
+
+EXACT = WeightFormat(lambda params: params, lambda params, u, _: optax.apply_updates(params, u))
+"""Weights as they are, updates added by `optax.apply_updates`."""
+
+STOCHASTIC = WeightFormat(lambda params: params, apply_updates_stochastic)
+"""Weights as they are, updates added by `apply_updates_stochastic`: for bfloat16 and float16."""
+
+
+class _ParamLike:
+    """A tree of an optimizer state that mirrors the parameters, as one leaf."""
+
+    def __init__(self, tree: PyTree) -> None:
+        self.tree = tree
+
+
+class _SplitState(NamedTuple):
+    """An optimizer state, taken apart.
+
+    Attributes:
+      mirrored: The trees that mirror the parameters: moments, norms, traces.
+      shared: The leaves that do not: counts, keys, hyperparameters.
+      structure: Of the state, with each mirrored tree as a leaf.
+      is_mirrored: For each leaf of `structure`, in order, whether it is a mirrored tree.
+    """
+
+    mirrored: list[PyTree]
+    shared: list[Any]
+    structure: Any
+    is_mirrored: list[bool]
+
+
+def _split(tx: optax.GradientTransformation, state: optax.OptState) -> _SplitState:
+    marked = optax.tree_map_params(tx, _ParamLike, state, is_leaf=lambda _: True)
+    leaves, structure = jax.tree.flatten(marked)
+    is_mirrored = [isinstance(leaf, _ParamLike) for leaf in leaves]
+    mirrored = [leaf.tree for leaf in leaves if isinstance(leaf, _ParamLike)]
+    shared = [leaf for leaf in leaves if not isinstance(leaf, _ParamLike)]
+    return _SplitState(mirrored, shared, structure, is_mirrored)
+
+
+def _join(split: _SplitState, mirrored: list[PyTree]) -> optax.OptState:
+    trees, shared = iter(mirrored), iter(split.shared)
+    leaves = [next(trees) if mirrors else next(shared) for mirrors in split.is_mirrored]
+    return jax.tree.unflatten(split.structure, leaves)
+
+
+def _blocks_of(tree: PyTree) -> PyTree:
+    """The blocks' share of a tree that mirrors the parameters; it may have none."""
+    return {k: v for k, v in tree.items() if k == "blocks"} if isinstance(tree, Mapping) else tree
+
+
+def _rest_of(tree: PyTree, names: set[str] | None) -> PyTree:
+    """The share of the entries of `rest` with these names; None: of all of it."""
+    if not isinstance(tree, Mapping) or "rest" not in tree:
+        return {} if isinstance(tree, Mapping) else tree
+    rest = tree["rest"]
+    if names is not None and isinstance(rest, Mapping):
+        rest = {name: value for name, value in rest.items() if name in names}
+    return {"rest": rest}
+
+
+def _merged(parts: list[PyTree]) -> PyTree:
+    """Puts together what `_blocks_of` and `_rest_of` took apart."""
+    if not all(isinstance(part, dict) for part in parts):
+        return parts[-1]
+    merged = {k: part[k] for part in parts for k in part}
+    rests = [part["rest"] for part in parts if "rest" in part]
+    if rests and all(isinstance(rest, dict) for rest in rests):
+        merged["rest"] = {name: value for rest in rests for name, value in rest.items()}
+    return merged
+
+
+def _layer(stacked: PyTree, index: Int[Array, ""]) -> PyTree:
+    """The leaves of one layer, with a leading axis of size 1."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index, 1), stacked)
+
+
+def _with_layer(stacked: PyTree, layer: PyTree, index: Int[Array, ""]) -> PyTree:
+    def write(whole: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), index, 0)
+
+    return jax.tree.map(write, stacked, layer)
+
+
+def _without_layer_axis(layer: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.squeeze(a, 0), layer)
+
+
+def _number_of_layers(blocks: PyTree) -> int:
+    leaves, _ = named_leaves(blocks)
+    if not leaves:
+        raise ValueError('params["blocks"] has no leaves; a layer-wise step needs stacked layers.')
+    (first, leaf), *_ = leaves
+    for path, other in leaves:
+        if other.ndim == 0 or other.shape[0] != leaf.shape[0]:
+            raise ValueError(
+                f"Leaves of blocks must share a leading axis of layers: {spell(first)} has shape "
+                f"{leaf.shape}, {spell(path)} {other.shape}."
+            )
+    return leaf.shape[0]
+
+
+def init(
+    tx: optax.GradientTransformation, params: Params, *, weights: WeightFormat = EXACT
+) -> optax.OptState:
+    """Checks that `tx` can run one layer at a time, and returns its ordinary state.
+
+    Args:
+      tx: A transformation whose update of a leaf depends on that leaf's gradient only.
+      params: `{"blocks": stacked, "rest": rest}`, arrays.
+      weights: The format of the weights.
+
+    Returns:
+      `tx.init` of the parameters as `weights.read` gives them.
+
+    Raises:
+      ValueError: Parameters of another form; a transformation that needs all gradients at once, or
+        whose state of a stacked leaf has no axis of layers.
+    """
+    _require_form(params)
+    shapes = jax.eval_shape(weights.read, params)
+    check_per_leaf(tx, shapes)
+    _check_layers_of_state(tx, shapes)
+    # Compiled, so that no float copy of quantized weights is made for the sake of its shapes.
+    return jax.jit(lambda params: tx.init(weights.read(params)))(params)
+
+
+def _require_form(params: Params) -> None:
+    if not isinstance(params, dict) or set(params) != {"blocks", "rest"}:
+        given = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f'params must be a dict {{"blocks": stacked, "rest": rest}}, got {given}.')
+    _number_of_layers(params["blocks"])
+
+
+def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
+    """Raises ValueError if the update of some leaf depends on the gradient of another.
+
+    Decided on the traced computation, nothing is run. `optax.MultiSteps`, whose accumulators are as
+    large as the gradients a layer-wise step avoids, is refused by its state.
+
+    Args:
+      tx: Any transformation.
+      params: Its parameters, arrays or ShapeDtypeStructs.
+    """
+    params = jax.eval_shape(lambda p: p, params)
+    state = jax.eval_shape(tx.init, params)
+
+    def is_multi_steps(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    if any(map(is_multi_steps, jax.tree.leaves(state, is_leaf=is_multi_steps))):
+        raise ValueError(
+            "optax.MultiSteps keeps a gradient of the whole model, which a layer-wise step avoids. "
+            "Use a larger micro-batch instead."
+        )
+    paths = [path for path, _ in named_leaves(params)[0]]
+    for reader, read in _gradients_read(tx, params, state, paths):
+        if others := [spell(path) for path in read if path != reader]:
+            raise ValueError(
+                f"The update of {spell(reader)} depends on the gradient of {others[0]}: a "
+                f"layer-wise step has one layer's gradients at a time. Instead of clipping by the "
+                f"global norm use limit_norm_growth, or a transformation that works leaf by leaf."
+            )
+
+
+def _gradients_read(
+    tx: optax.GradientTransformation, params: Params, state: optax.OptState, paths: list[Path]
+) -> list[tuple[Path, list[Path]]]:
+    """For each leaf, the leaves whose gradients its update is computed from."""
+    closed = jax.make_jaxpr(lambda g, s, p: jax.tree.leaves(tx.update(g, s, p)[0]))(
+        params, state, params
+    )
+    reads = []
+    for index, path in enumerate(paths):
+        _, used = partial_eval.dce_jaxpr(closed.jaxpr, [i == index for i in range(len(paths))])
+        reads.append(
+            (path, [other for other, is_used in zip(paths, used, strict=False) if is_used])
+        )
+    return reads
+
+
+def _check_layers_of_state(tx: optax.GradientTransformation, params: Params) -> None:
+    """Raises ValueError unless the state of every layer is a slice of the stacked leaf's state."""
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), params["blocks"])
+    states = [_split(tx, jax.eval_shape(tx.init, tree)) for tree in ({"blocks": one}, params)]
+    layer, whole = ([_blocks_of(tree) for tree in split.mirrored] for split in states)
+    number = _number_of_layers(params["blocks"])
+    for (path, a), (_, b) in zip(named_leaves(layer)[0], named_leaves(whole)[0], strict=True):
+        if (number, *a.shape[1:]) != b.shape or a.shape[:1] != (1,):
+            raise ValueError(
+                f"The optimizer state of a stacked leaf has shape {b.shape} at {spell(path[1:])}, "
+                f"which is not {number} layers of its state for one layer, {a.shape}. Use a "
+                f"transformation whose state has the leaf's leading axis (for limit_norm_growth: "
+                f"weight_dimension_numbers)."
+            )
+
+
+def make_step(
+    model: LayerwiseModel,
+    tx: optax.GradientTransformation,
+    *,
+    weights: WeightFormat = EXACT,
+    policy: Callable[..., bool] | None = None,
+) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""]]]:
+    """Returns the training step; jit it with the parameters and the state donated.
+
+    Parameters, state and loss are those of the ordinary step on the stacked tree,
+    `tx.update(jax.grad(loss)(params), state, params)`, with the same key.
+
+    Args:
+      model: The three functions.
+      tx: A transformation that `init` accepts.
+      weights: How weights are read and written: `EXACT`, `STOCHASTIC`, or a format of quantized
+        weights.
+      policy: What the forward pass keeps of a block, a policy of `jax.checkpoint`; None: the
+        block's input only, everything else is computed again.
+
+    Returns:
+      `(params, state, batch, key=None) -> (params, state, loss)`. `key` is what `weights.write`
+      gets, folded with the layer; needed for stochastic rounding.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from apollo_optax import apollo_mini, layerwise, ApolloDimensionNumbers
+      >>> params = {"blocks": {"w": jnp.stack([jnp.eye(4)] * 3)}, "rest": {"out": jnp.ones((4, 2))}}
+      >>> model = layerwise.LayerwiseModel(
+      ...     embed=lambda rest, batch: batch,
+      ...     block=lambda block, x: x + jnp.tanh(x @ block["w"]),
+      ...     loss=lambda rest, x, batch: jnp.mean((x @ rest["out"] - 1) ** 2),
+      ... )
+      >>> tx = apollo_mini(0.01, weight_dimension_numbers=ApolloDimensionNumbers(-2, -1))
+      >>> state = layerwise.init(tx, params)
+      >>> step = jax.jit(layerwise.make_step(model, tx), donate_argnums=(0, 1))
+      >>> params, state, loss = step(params, state, jnp.ones((8, 4)))
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def block(layer: Params, x: PyTree) -> tuple[PyTree, PyTree]:
+        out = model.block(_without_layer_axis(layer), x)
+        return out if model.has_aux else (out, ())
+
+    # The forward and the backward pass are two loops, between which nothing could be merged.
+    block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+
+    def step(
+        params: Params, state: optax.OptState, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> tuple[Params, optax.OptState, Float[Array, ""]]:
+        _require_form(params)
+        split = _split(tx, state)
+        update = _updater(tx, weights, split, jax.random.key(0) if key is None else key)
+
+        def embed(rest: PyTree) -> PyTree:
+            return model.embed(rest, batch)
+
+        def loss_of(rest: PyTree, x: PyTree, aux: PyTree) -> Float[Array, ""]:
+            return model.loss(rest, x, batch, *([aux] if model.has_aux else []))
+
+        rest = weights.read(params["rest"])
+        x, pullback_embed = jax.vjp(embed, rest)
+        x, aux, pullback_of = _run_blocks(block, weights, params["blocks"], x)
+        loss, (rest_grads, x_grads, aux_grads) = jax.value_and_grad(loss_of, (0, 1, 2))(
+            rest, x, aux
+        )
+        late = _names_read(embed, rest)
+        early: set[str] = set() if late is None else set(rest) - late
+
+        # What only the loss reads is updated before the blocks, so that its gradient is gone by
+        # then.
+        parts = []
+        if early:
+            part = _rest_of(params, early), [_rest_of(tree, early) for tree in split.mirrored]
+            part = update(part, _rest_of({"rest": rest_grads}, early), 0)[0]
+            x_grads, part = jax.lax.optimization_barrier((x_grads, part))
+            parts.append(part)
+        part = {"blocks": params["blocks"]}, [_blocks_of(tree) for tree in split.mirrored]
+        part, x_grads = _update_blocks(update, pullback_of, part, x_grads, aux_grads)
+        parts.append(part)
+        (embed_grads,) = pullback_embed(x_grads)
+        rest_grads = jax.tree.map(jnp.add, rest_grads, embed_grads)
+        part = _rest_of(params, late), [_rest_of(tree, late) for tree in split.mirrored]
+        part, shared = update(part, _rest_of({"rest": rest_grads}, late), 0)
+        parts.append(part)
+
+        params = _merged([part for part, _ in parts])
+        trees = [_merged(list(shares)) for shares in zip(*(m for _, m in parts), strict=True)]
+        return params, _join(split._replace(shared=shared), trees), loss
+
+    return step
+
+
+_Part: TypeAlias = tuple[Params, list[Any]]
+"""Some of the parameters, and their shares of the mirrored trees of the optimizer state."""
+
+
+def _updater(
+    tx: optax.GradientTransformationExtraArgs,
+    weights: WeightFormat,
+    split: _SplitState,
+    key: PRNGKeyArray,
+) -> Callable[[_Part, PyTree, ArrayLike], tuple[_Part, list[Any]]]:
+    """Returns the function that updates a part; it returns the shared leaves of the state too."""
+
+    def update(part: _Part, grads: PyTree, first_layer: ArrayLike) -> tuple[_Part, list[Any]]:
+        params, mirrored = part
+        updates, state = tx.update(
+            grads, _join(split, mirrored), weights.read(params), first_layer=first_layer
+        )
+        params = weights.write(params, updates, jax.random.fold_in(key, first_layer))
+        new = _split(tx, state)
+        return (params, new.mirrored), new.shared
+
+    return update
+
+
+def _run_blocks(
+    block: Callable[[Params, PyTree], tuple[PyTree, PyTree]],
+    weights: WeightFormat,
+    blocks: Params,
+    x: PyTree,
+) -> tuple[PyTree, PyTree, Callable[[Params, Int[Array, ""]], Callable]]:
+    """Runs the blocks forward.
+
+    Returns the last output, the sum of the auxiliary outputs, and a function of a layer's weights
+    and index that returns the layer's pullback. What pullbacks need besides the weights is kept
+    stacked; the weights are not, since the loop that goes backwards has them.
+    """
+    structure, layer_position = None, []
+
+    def forward(x: PyTree, index: Int[Array, ""]) -> tuple[PyTree, tuple[list[Array], PyTree]]:
+        nonlocal structure, layer_position
+        layer = weights.read(_layer(blocks, index))
+        (x, aux), pullback = jax.vjp(block, layer, x)
+        residuals, structure = jax.tree.flatten(pullback)
+        position = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(layer))}
+        layer_position = [position.get(id(residual)) for residual in residuals]
+        kept = [r for r, i in zip(residuals, layer_position, strict=True) if i is None]
+        return x, (kept, aux)
+
+    x, (kept, aux) = jax.lax.scan(forward, x, jnp.arange(_number_of_layers(blocks)))
+
+    def pullback_of(layer: Params, index: Int[Array, ""]) -> Callable:
+        of_layer = jax.tree.leaves(weights.read(layer))
+        saved = iter([jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False) for a in kept])
+        residuals = [next(saved) if i is None else of_layer[i] for i in layer_position]
+        return jax.tree.unflatten(structure, residuals)
+
+    return x, jax.tree.map(lambda a: jnp.sum(a, axis=0), aux), pullback_of
+
+
+def _compiled_apart(function: Callable) -> Callable:
+    """Keeps XLA from fusing what `function` does with what is done to its arguments and results.
+
+    Fused into the write of another, the read of a layer's slice makes XLA copy the whole stack.
+    """
+
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(function)(*args)
+
+    return call
+
+
+def _update_blocks(
+    update: Callable[[_Part, PyTree, ArrayLike], tuple[_Part, list[Any]]],
+    pullback_of: Callable[[Params, Int[Array, ""]], Callable],
+    part: _Part,
+    x_grads: PyTree,
+    aux_grads: PyTree,
+) -> tuple[_Part, PyTree]:
+    """Runs the blocks backwards, each updated in place as soon as its gradient exists."""
+    number = _number_of_layers(part[0]["blocks"])
+
+    @_compiled_apart
+    def update_layer(layer: _Part, grads: PyTree, index: Int[Array, ""]) -> _Part:
+        return update(layer, {"blocks": grads}, index)[0]
+
+    def backward(done: Int[Array, ""], carry: tuple[_Part, PyTree]) -> tuple[_Part, PyTree]:
+        part, x_grads = carry
+        index = number - 1 - done
+        layer = _layer(part, index)
+        grads, x_grads = pullback_of(layer[0]["blocks"], index)((x_grads, aux_grads))
+        return _with_layer(part, update_layer(layer, grads, index), index), x_grads
+
+    return jax.lax.fori_loop(0, number, backward, (part, x_grads))
+
+
+def _names_read(function: Callable[[PyTree], PyTree], rest: PyTree) -> set[str] | None:
+    """The entries of `rest` that `function` reads; None where `rest` has no named entries."""
+    if not isinstance(rest, dict):
+        return None
+    closed = jax.make_jaxpr(lambda rest: jax.tree.leaves(function(rest)))(rest)
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
+    return {
+        path[0] for (path, _), is_used in zip(named_leaves(rest)[0], used, strict=True) if is_used
+    }

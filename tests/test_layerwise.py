@@ -1,0 +1,314 @@
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import apollo_optax
+from apollo_optax import ApolloDimensionNumbers, layerwise, transformer_dimension_numbers
+from examples.llama import model as llama
+from examples.llama.config import LlamaConfig
+
+CONFIG = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
+LLAMA = layerwise.LayerwiseModel(
+    embed=lambda rest, batch: llama.embed(CONFIG, rest, batch[:, :-1], jnp.float32),
+    block=functools.partial(llama.block, CONFIG),
+    loss=lambda rest, x, batch: jnp.mean(
+        llama.cross_entropy(llama.logits(CONFIG, rest, x), batch[:, 1:])
+    ),
+)
+SPECS: dict[str, Any] = {"weight_dimension_numbers": transformer_dimension_numbers}
+OPTIMIZERS = {
+    "apollo": lambda: apollo_optax.apollo(0.003, 4, 5, **SPECS),
+    "apollo_mini": lambda: apollo_optax.apollo_mini(0.001, 5, 1.0, **SPECS, weight_decay=0.1),
+    "adamw": lambda: optax.adamw(optax.linear_schedule(0.01, 0.0, 30), weight_decay=0.1),
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "lion": lambda: optax.lion(1e-3),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(0.01, weight_decay=0.1),
+    "limited": lambda: optax.chain(
+        optax.scale_by_adam(), apollo_optax.limit_norm_growth(**SPECS), optax.scale(-0.01)
+    ),
+}
+
+
+def llama_params(seed=0):
+    params = llama.init_params(CONFIG, seed)
+    return {"blocks": params.pop("blocks"), "rest": params}
+
+
+def tokens(step):
+    """Rows that count upwards from a random token: something to learn in a few steps."""
+    first = jax.random.randint(jax.random.key(step), (4, 1), 0, CONFIG.vocab_size)
+    return (first + jnp.arange(9)[None, :]) % CONFIG.vocab_size
+
+
+BATCHES = [tokens(step) for step in range(20)]
+
+
+def ordinary_step(model, tx):
+    """The step without this module: a gradient of the whole stacked tree."""
+
+    def loss_of(params, batch):
+        def block(x, layer):
+            out = model.block(layer, x)
+            return out if model.has_aux else (out, ())
+
+        x, aux = jax.lax.scan(block, model.embed(params["rest"], batch), params["blocks"])
+        aux = [jax.tree.map(lambda a: a.sum(0), aux)] if model.has_aux else []
+        return model.loss(params["rest"], x, batch, *aux)
+
+    @jax.jit
+    def step(params, state, batch):
+        loss, grads = jax.value_and_grad(loss_of)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def trained(step, params, state, batches):
+    losses = []
+    for batch in batches:
+        params, state, loss = step(params, state, batch)
+        losses.append(loss)
+    return params, state, jnp.stack(losses)
+
+
+def assert_same_training(model, tx, params, batches, tolerance=1e-6, **options):
+    expected = trained(ordinary_step(model, tx), params, tx.init(params), batches)
+    step = jax.jit(layerwise.make_step(model, tx, **options))
+    actual = trained(step, params, layerwise.init(tx, params), batches)
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_dtypes(actual, expected)
+
+    def assert_close(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+    jax.tree.map(assert_close, actual, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_llama_trains_as_by_the_ordinary_step(name):
+    assert_same_training(LLAMA, OPTIMIZERS[name](), llama_params(), BATCHES)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        jax.checkpoint_policies.everything_saveable,
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    ],
+)
+def test_what_the_forward_pass_keeps_does_not_change_the_numbers(policy):
+    tx = OPTIMIZERS["apollo_mini"]()
+    assert_same_training(LLAMA, tx, llama_params(), BATCHES[:3], policy=policy)
+
+
+def test_svd_projections_of_layers_are_kept_in_place():
+    # Singular vectors amplify rounding: a looser tolerance, fewer steps.
+    tx = apollo_optax.apollo(0.003, 4, 2, projection=apollo_optax.svd, **SPECS)
+    assert_same_training(LLAMA, tx, llama_params(), BATCHES[:5], tolerance=1e-5)
+
+
+def test_a_policy_keeps_activations_and_never_weights():
+    def kept_bytes(policy):
+        step = layerwise.make_step(LLAMA, optax.sgd(0.1), policy=policy)
+        params = llama_params()
+        closed = jax.make_jaxpr(step)(params, optax.sgd(0.1).init(params), tokens(0))
+        forward = next(eqn for eqn in closed.eqns if eqn.primitive.name == "scan")
+        stacked = forward.outvars[forward.params["num_carry"] :]
+        shapes = [v.aval.shape for v in stacked]
+        layers = {(leaf.shape[0], 1, *leaf.shape[1:]) for leaf in jax.tree.leaves(params["blocks"])}
+        assert not layers & set(shapes)
+        return sum(v.aval.size * v.aval.dtype.itemsize for v in stacked)
+
+    policies = jax.checkpoint_policies
+    block_inputs = CONFIG.num_layers * 4 * 8 * CONFIG.hidden_size * 4
+    assert kept_bytes(None) == block_inputs
+    assert kept_bytes(policies.dots_with_no_batch_dims_saveable) > 3 * block_inputs
+
+
+EXPERTS = ApolloDimensionNumbers(-2, -1)
+
+
+def expert_params():
+    key = iter(jax.random.split(jax.random.key(3), 5))
+    normal = lambda *shape: 0.3 * jax.random.normal(next(key), shape)  # noqa: E731
+    return {
+        "blocks": {
+            "router": {"kernel": normal(3, 8, 4)},
+            "experts": {"wi": normal(3, 4, 8, 12), "wo": normal(3, 4, 12, 8)},
+        },
+        "rest": {"embed": normal(8, 8), "head": normal(8, 5)},
+    }
+
+
+def expert_block(block, x):
+    """A mixture of experts, each token sent to the one the router scores highest."""
+    scores = jax.nn.softmax(x @ block["router"]["kernel"])
+    chosen = jax.nn.one_hot(jnp.argmax(scores, -1), 4)
+    hidden = jax.nn.relu(jnp.einsum("td,edh->teh", x, block["experts"]["wi"]))
+    out = jnp.einsum("teh,ehd->ted", hidden, block["experts"]["wo"])
+    balance = 4 * jnp.sum(chosen.mean(0) * scores.mean(0))
+    return x + jnp.einsum("ted,te->td", out, chosen * scores), {"balance": balance}
+
+
+MIXTURE = layerwise.LayerwiseModel(
+    embed=lambda rest, batch: batch @ rest["embed"],
+    block=expert_block,
+    loss=lambda rest, x, batch, aux: (
+        jnp.mean((x @ rest["head"] - batch[:, :5]) ** 2) + 0.1 * aux["balance"]
+    ),
+    has_aux=True,
+)
+EXPERT_BATCHES = [jax.random.normal(jax.random.key(step), (16, 8)) for step in range(20)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: apollo_optax.apollo(0.01, 4, 5, **SPECS),
+        lambda: apollo_optax.apollo_mini(0.01, 5, **SPECS),
+        lambda: optax.adamw(0.01),
+    ],
+    ids=["apollo", "apollo_mini", "adamw"],
+)
+def test_mixture_of_experts_with_auxiliary_loss_trains_as_by_the_ordinary_step(make):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), expert_params())
+        batches = [jnp.asarray(batch, jnp.float64) for batch in EXPERT_BATCHES]
+        # In float64 what is left is the same computation up to the order of its sums.
+        assert_same_training(MIXTURE, make(), params, batches, tolerance=1e-10)
+
+
+def test_rest_read_at_both_ends_gets_both_gradients():
+    tied = LLAMA._replace(
+        loss=lambda rest, x, batch: jnp.mean(
+            llama.cross_entropy(x @ rest["embed"]["embedding"].T, batch[:, 1:])
+        )
+    )
+    assert_same_training(tied, optax.adamw(0.01), llama_params(), BATCHES[:5])
+
+
+def test_rest_may_be_any_tree():
+    model = layerwise.LayerwiseModel(
+        embed=lambda rest, batch: batch * rest[0],
+        block=lambda block, x: jnp.tanh(x @ block),
+        loss=lambda rest, x, batch: jnp.mean((x - rest[1]) ** 2),
+    )
+    params = {"blocks": jnp.stack([jnp.eye(4)] * 2), "rest": (jnp.ones(4), jnp.zeros(4))}
+    batches = [jax.random.normal(jax.random.key(s), (6, 4)) for s in range(5)]
+    with jax.numpy_rank_promotion("allow"):
+        assert_same_training(model, optax.adam(0.01), params, batches)
+
+
+def test_stochastic_rounding_moves_bfloat16_weights_by_the_update_in_expectation():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), llama_params())
+    tx = optax.sgd(1e-3)
+    step = jax.jit(layerwise.make_step(LLAMA, tx, weights=layerwise.STOCHASTIC))
+    state = layerwise.init(tx, params)
+    moved = [step(params, state, tokens(0), jax.random.key(seed))[0] for seed in range(200)]
+    mean = jax.tree.map(lambda *p: jnp.mean(jnp.stack(p).astype(jnp.float32), 0), *moved)
+    exact = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    expected, *_ = ordinary_step(LLAMA, tx)(exact, tx.init(exact), tokens(0))
+
+    def moved_along(start, mean, expected):
+        return jnp.vdot(mean - start, expected - start), jnp.vdot(
+            expected - start, expected - start
+        )
+
+    for part in ("blocks", "rest"):
+        pairs = jax.tree.map(moved_along, exact[part], mean[part], expected[part])
+        along, full = np.sum(jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple)), axis=0)
+        assert along / full == pytest.approx(1, abs=0.1)
+
+
+def test_layers_round_with_randomness_of_their_own():
+    params = {"blocks": jnp.ones((2, 64), jnp.bfloat16), "rest": {}}
+    model = layerwise.LayerwiseModel(
+        embed=lambda rest, batch: batch,
+        block=lambda block, x: x + block,
+        loss=lambda rest, x, batch: jnp.sum(x),
+    )
+    tx = optax.sgd(1e-3)
+    step = layerwise.make_step(model, tx, weights=layerwise.STOCHASTIC)
+    x = jnp.ones(64, jnp.bfloat16)
+    moved, *_ = step(params, layerwise.init(tx, params), x, jax.random.key(0))
+    assert np.any(moved["blocks"][0] != moved["blocks"][1])
+
+
+def big_model_memory(tx, *, ordinary=False):
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=512, num_layers=16, num_heads=2
+    )
+    model = layerwise.LayerwiseModel(
+        embed=lambda rest, batch: llama.embed(config, rest, batch[:, :-1], jnp.float32),
+        block=functools.partial(llama.block, config),
+        loss=lambda rest, x, batch: jnp.mean(
+            llama.cross_entropy(llama.logits(config, rest, x), batch[:, 1:])
+        ),
+    )
+    params = jax.eval_shape(lambda: llama.init_params(config, 0))
+    params = {"blocks": params.pop("blocks"), "rest": params}
+    step = ordinary_step(model, tx) if ordinary else layerwise.make_step(model, tx)
+    batch = jax.ShapeDtypeStruct((1, 17), jnp.int32)
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    block_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(params["blocks"]))
+    return compiled.memory_analysis(), block_bytes, config.num_layers
+
+
+@pytest.mark.parametrize("name", ["apollo_mini", "sgd"])
+def test_peak_has_no_second_copy_of_the_weights_and_no_gradient_of_many_blocks(name):
+    memory, block_bytes, layers = big_model_memory(OPTIMIZERS[name]())
+    one_block = block_bytes / layers
+    assert memory.alias_size_in_bytes > block_bytes
+    # One block's weights, their gradient and its update, and activations smaller than a block.
+    assert memory.temp_size_in_bytes < 5 * one_block
+    ordinary, *_ = big_model_memory(OPTIMIZERS[name](), ordinary=True)
+    assert ordinary.temp_size_in_bytes > block_bytes
+
+
+@pytest.mark.parametrize(
+    ("tx", "match"),
+    [
+        (
+            optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+            "update of blocks/.* depends on the gradient of .*limit_norm_growth",
+        ),
+        (optax.apply_if_finite(optax.sgd(0.1), 3), "depends on the gradient of"),
+        (
+            optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+            "MultiSteps keeps a gradient of the whole model.*larger micro-batch",
+        ),
+        (
+            apollo_optax.limit_norm_growth(),
+            r"has shape \(\).*not 3 layers.*weight_dimension_numbers",
+        ),
+    ],
+    ids=["global_norm", "apply_if_finite", "multi_steps", "norm_of_a_stack"],
+)
+def test_what_cannot_run_layer_by_layer_is_refused(tx, match):
+    with pytest.raises(ValueError, match=match):
+        layerwise.init(tx, llama_params())
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"blocks": {}, "rest": {}}, "no leaves"),
+        ({"layers": jnp.ones(3)}, r"must be a dict .*got \['layers'\]"),
+        (jnp.ones(3), "got Array"),
+        (
+            {"blocks": {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}, "rest": {}},
+            r"a has shape \(3, 2\), b",
+        ),
+    ],
+)
+def test_parameters_of_another_form_are_refused(params, match):
+    with pytest.raises(ValueError, match=match):
+        layerwise.init(optax.sgd(0.1), params)
