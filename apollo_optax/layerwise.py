@@ -410,15 +410,19 @@ def _run_blocks(
     return x, jax.tree.map(lambda a: jnp.sum(a, axis=0), aux), pullback_of
 
 
-def _compiled_apart(function: Callable) -> Callable:
-    """Keeps XLA from fusing what `function` does with what is done to its arguments and results.
+def _from_slices(function: Callable) -> Callable:
+    """Makes sure that `function` gets slices of the stacks, not reads of them fused into its work.
 
-    Fused into the write of another, the read of a layer's slice makes XLA copy the whole stack.
+    XLA for CPUs fuses the read of a layer into the write of another array, and then copies the whole
+    stack to be able to write the layer in place. There, `function` is a computation of its own.
     """
 
-    def call(*args: Any) -> Any:
+    def own_computation(*args: Any) -> Any:
         with set_xla_metadata(inlineable="false"):
             return jax.jit(function)(*args)
+
+    def call(*args: Any) -> Any:
+        return jax.lax.platform_dependent(*args, cpu=own_computation, default=function)
 
     return call
 
@@ -433,7 +437,7 @@ def _update_blocks(
     """Runs the blocks backwards, each updated in place as soon as its gradient exists."""
     number = _number_of_layers(part[0]["blocks"])
 
-    @_compiled_apart
+    @_from_slices
     def update_layer(layer: _Part, grads: PyTree, index: Int[Array, ""]) -> _Part:
         return update(layer, {"blocks": grads}, index)[0]
 
