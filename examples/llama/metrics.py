@@ -1,0 +1,74 @@
+"""Metrics of a run: one JSON object a line, and TensorBoard's event files."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+__all__ = ["WriteMetrics", "open_metrics", "read_metrics"]
+
+WriteMetrics = Callable[[Mapping[str, float]], None]
+
+_FILE = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def open_metrics(
+    folder: Path, *, steps_done: int = 0, tensorboard: bool = False
+) -> Iterator[WriteMetrics]:
+    """Opens the metrics of a run, to go on after a step.
+
+    Args:
+      folder: Where `metrics.jsonl` and `tensorboard/` are.
+      steps_done: The last step that is kept of an earlier part of the run: lines of later steps
+        were written after the checkpoint that the run now goes on from.
+      tensorboard: Whether to write event files.
+
+    Yields:
+      A function that writes one line. It takes names and numbers, `step` among them.
+    """
+    path = folder / _FILE
+    _drop_lines_after(path, steps_done)
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(path.open("a", encoding="utf-8"))
+        events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            events = stack.enter_context(
+                SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
+            )
+
+        def write(metrics: Mapping[str, float]) -> None:
+            lines.write(json.dumps(dict(metrics)) + "\n")
+            lines.flush()
+            if events is not None:
+                for name, value in metrics.items():
+                    if name != "step":
+                        events.add_scalar(name, value, int(metrics["step"]))
+
+        yield write
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Returns the lines of a run's metrics: those with `loss` and those with `validation_loss`."""
+    lines = (folder / _FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            # Only a line that was being written when the process was killed.
+            break
+        if metrics["step"] <= step:
+            kept.append(line)
+    shortened = path.with_suffix(".shortened")
+    shortened.write_text("".join(kept), encoding="utf-8")
+    os.replace(shortened, path)

@@ -1,0 +1,275 @@
+"""The optimizers to compare: APOLLO's two and five of Optax's, behind one set of settings."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+import apollo_optax
+
+__all__ = [
+    "DEFAULT_ALPHAS",
+    "DEFAULT_LEARNING_RATES",
+    "OPTIMIZERS",
+    "OptimizerName",
+    "OptimizerSettings",
+    "decayed_leaves",
+    "learning_rate_schedule",
+    "make_optimizer",
+    "unstack_blocks",
+]
+
+OptimizerName = Literal["apollo", "apollo_mini", "adamw", "adafactor", "muon", "galore", "sgd"]
+
+DEFAULT_LEARNING_RATES: dict[str, float] = {
+    "apollo": 1e-2,
+    "apollo_mini": 1e-2,
+    "adamw": 1e-3,
+    "adafactor": 1e-2,
+    "muon": 1e-2,
+    "galore": 1e-2,
+    "sgd": 1e-1,
+}
+"""Peak learning rates of `nano`."""
+
+DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
+"""What each paper multiplies the updates of projected matrices by."""
+
+OPTIMIZERS: tuple[OptimizerName, ...] = tuple(DEFAULT_LEARNING_RATES)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """An optimizer and everything that decides its updates.
+
+    Attributes:
+      name: One of `OPTIMIZERS`.
+      learning_rate: The peak. Adafactor's is relative to the root mean square of the weights.
+      total_steps: Optimizer steps of the whole run, which the schedule spreads over.
+      warmup_fraction: Part of the steps in which the learning rate rises to its peak.
+      final_fraction: The last step's learning rate over the peak.
+      weight_decay: Decoupled, times the learning rate; on matrices only.
+      clip: Largest global norm of the gradients; 0 for no clipping.
+      rank: Rows of the projection (`apollo`, `galore`).
+      alpha: Factor of projected matrices' updates (`apollo`, `apollo_mini`, `galore`).
+      update_proj_gap: Steps between two projections (`apollo`, `apollo_mini`, `galore`).
+      project_embeddings: Whether `apollo`, `apollo_mini`, `galore` and `muon` treat the embedding
+        and the head as they do the other matrices, instead of training them with Adam.
+      seed: Seed of the projections.
+    """
+
+    name: OptimizerName
+    learning_rate: float
+    total_steps: int
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    rank: int = 256
+    alpha: float = 1.0
+    update_proj_gap: int = 200
+    project_embeddings: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.name in OPTIMIZERS, "optimizer", self.name, f"one of {', '.join(OPTIMIZERS)}")
+        _require(self.learning_rate > 0, "learning rate", self.learning_rate, "a positive number")
+        _require(self.total_steps >= 1, "steps", self.total_steps, "at least 1")
+        _require(0 <= self.warmup_fraction < 1, "warm-up", self.warmup_fraction, "in [0, 1)")
+        _require(0 <= self.final_fraction <= 1, "final fraction", self.final_fraction, "in [0, 1]")
+        _require(self.weight_decay >= 0, "weight decay", self.weight_decay, "at least 0")
+        _require(self.clip >= 0, "clip", self.clip, "a positive norm, or 0 for no clipping")
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; expected {allowed}")
+
+
+def learning_rate_schedule(settings: OptimizerSettings) -> optax.Schedule:
+    """Returns the learning rate by the number of steps done: linear warm-up, then a cosine.
+
+    The last step of the warm-up has the peak, the last of all `final_fraction` of it.
+
+    >>> settings = OptimizerSettings("sgd", learning_rate=1.0, total_steps=10, warmup_fraction=0.2)
+    >>> schedule = learning_rate_schedule(settings)
+    >>> [round(float(schedule(steps_done)), 2) for steps_done in (0, 1, 9)]
+    [0.5, 1.0, 0.1]
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=round(settings.warmup_fraction * settings.total_steps),
+        decay_steps=settings.total_steps,
+        end_value=settings.final_fraction * settings.learning_rate,
+    )
+    # Counted from one, so that the first step is not lost to a learning rate of zero.
+    return lambda count: schedule(count + 1)
+
+
+def decayed_leaves(params: PyTree) -> PyTree:
+    """Returns the tree of booleans that is true for matrices and false for norms."""
+    specs = apollo_optax.transformer_dimension_numbers(params, project_embeddings=True)
+    return jax.tree.map(lambda _, spec: spec is not None, params, specs)
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Returns the optimizer for the parameters of `model.init_params`.
+
+    Args:
+      settings: Which one, and how.
+
+    Returns:
+      A transformation with the learning rate's schedule, weight decay and clipping in it.
+
+    Raises:
+      ValueError: If a setting is out of the range of its optimizer.
+    """
+    optimizer = _CONSTRUCTORS[settings.name](settings, learning_rate_schedule(settings))
+    if settings.clip == 0:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer)
+
+
+def _apollo(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return apollo_optax.apollo(
+        learning_rate,
+        settings.rank,
+        settings.update_proj_gap,
+        settings.alpha,
+        key=settings.seed,
+        weight_dimension_numbers=_matrices(settings, apollo_optax.ApolloDimensionNumbers),
+        weight_decay=settings.weight_decay,
+        mask=decayed_leaves,
+    )
+
+
+def _apollo_mini(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return apollo_optax.apollo_mini(
+        learning_rate,
+        settings.update_proj_gap,
+        settings.alpha,
+        key=settings.seed,
+        weight_dimension_numbers=_matrices(settings, apollo_optax.ApolloDimensionNumbers),
+        weight_decay=settings.weight_decay,
+        mask=decayed_leaves,
+    )
+
+
+def _adamw(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, weight_decay=settings.weight_decay, mask=decayed_leaves)
+
+
+def _adafactor(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    # Optax adds Adafactor's decay after the learning rate, that of the others before it.
+    return optax.adafactor(
+        learning_rate,
+        weight_decay_rate=lambda count: settings.weight_decay * learning_rate(count),
+        weight_decay_mask=decayed_leaves,
+    )
+
+
+def _muon(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=settings.weight_decay,
+        muon_weight_dimension_numbers=_matrices(settings, optax.contrib.MuonDimensionNumbers),
+    )
+
+
+def _galore(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return unstack_blocks(
+        optax.contrib.galore(
+            learning_rate,
+            settings.rank,
+            settings.update_proj_gap,
+            settings.alpha,
+            weight_decay=settings.weight_decay,
+            mask=decayed_leaves,
+            weight_dimension_numbers=_matrices(settings, optax.contrib.GaLoreDimensionNumbers),
+        )
+    )
+
+
+def _sgd(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.trace(decay=0.9),
+        optax.add_decayed_weights(settings.weight_decay, decayed_leaves),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+_CONSTRUCTORS: dict[
+    str, Callable[[OptimizerSettings, optax.Schedule], optax.GradientTransformation]
+] = {
+    "apollo": _apollo,
+    "apollo_mini": _apollo_mini,
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "galore": _galore,
+    "sgd": _sgd,
+}
+
+
+def _matrices(
+    settings: OptimizerSettings, specification: Callable[..., Any]
+) -> Callable[[PyTree], PyTree]:
+    """Returns the function of the parameters that says which axes make a matrix."""
+
+    def dimension_numbers(params: PyTree) -> PyTree:
+        specs = apollo_optax.transformer_dimension_numbers(
+            params, project_embeddings=settings.project_embeddings
+        )
+        return jax.tree.map(lambda _, spec: spec and specification(*spec), params, specs)
+
+    return dimension_numbers
+
+
+def unstack_blocks(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows `inner` every layer of `params["blocks"]` as leaves of their own.
+
+    For transformations that know no batch axes, such as Optax's GaLore.
+
+    Args:
+      inner: Sees `params["blocks"]` as a list of layers.
+
+    Returns:
+      A transformation for stacked blocks, with the state of `inner`.
+    """
+
+    def unstacked(tree: PyTree) -> PyTree:
+        num_layers = jax.tree.leaves(tree["blocks"])[0].shape[0]
+        layers = [jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(num_layers)]
+        return tree | {"blocks": layers}
+
+    def init(params: PyTree) -> optax.OptState:
+        return inner.init(unstacked(params))
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
+        layers_of_params = None if params is None else unstacked(params)
+        updates, state = inner.update(unstacked(updates), state, layers_of_params)
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *updates["blocks"])
+        return updates | {"blocks": stacked}, state
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,352 @@
+"""The command line of `pretrain`, and the settings of a run that it comes to."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from examples.llama.config import MODELS, PRESETS, LlamaConfig, PaperSettings, paper_settings
+from examples.llama.optimizers import (
+    DEFAULT_LEARNING_RATES,
+    OPTIMIZERS,
+    OptimizerName,
+    OptimizerSettings,
+)
+
+__all__ = [
+    "DataOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "OutputOptions",
+    "PretrainConfig",
+    "RunSettings",
+    "TrainingOptions",
+    "check_options",
+    "compared_optimizers",
+    "resolve",
+]
+
+ModelName = Literal["nano", "9m", "20m", "60m", "130m", "350m", "1b", "3b", "7b", "13b"]
+Precision = Literal["f32", "bf16"]
+
+# GaLore's own; the alphas of APOLLO are the paper's, by model.
+_GALORE_ALPHA = 0.25
+
+
+def _default(metavar: str, default: str) -> Any:
+    """How --help shows a flag whose default depends on others."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The model, and the settings that come with it.
+
+    Attributes:
+      name: Size of the LLaMA. Steps, batch, sequence, rank and alpha default to this model's.
+      preset: The paper's learning rate and bf16 too, for the models the paper trains.
+      load: Folder of a Hugging Face LLaMA to start from, instead of a new --model.
+      weights: Dtype of the weights; bf16 weights are rounded stochastically.
+      compute: Dtype of the matrix products.
+      remat: Recompute activations in the backward pass: less memory, a third more time.
+    """
+
+    name: Annotated[ModelName, tyro.conf.arg(name="model")] = "nano"
+    preset: Literal["none", "paper"] = "none"
+    load: Annotated[Path | None, _default("FOLDER", "none")] = None
+    weights: Annotated[Precision | None, _default("{f32,bf16}", "f32, or the preset's")] = None
+    compute: Annotated[Precision | None, _default("{f32,bf16}", "that of the weights")] = None
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer, or several on the same batches from the same weights.
+
+    Attributes:
+      name: APOLLO's, or one of Optax's.
+      compare: Several optimizers instead, trained one after another.
+      learning_rate: Its peak.
+      warmup_fraction: Part of the steps in which the learning rate rises from 0 to its peak; a
+        cosine leads from there to a tenth of it.
+      weight_decay: Decoupled weight decay of the matrices, times the learning rate.
+      clip: Largest global norm of the gradients; 0 for no clipping.
+      rank: Rows of the projection; for apollo and galore.
+      alpha: Factor of the projected updates; for apollo, apollo_mini and galore.
+      update_proj_gap: Steps between two projections; for apollo, apollo_mini and galore.
+      project_embeddings: Treat embedding and head as the other matrices, instead of training them
+        with Adam as the paper does; for apollo, apollo_mini, galore and muon.
+    """
+
+    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "apollo"
+    compare: Annotated[str | None, _default("NAME,NAME,...", "none")] = None
+    learning_rate: Annotated[float | None, _default("FLOAT", "the optimizer's own")] = None
+    warmup_fraction: Annotated[float | None, _default("FLOAT", "0.1")] = None
+    weight_decay: Annotated[float | None, _default("FLOAT", "0")] = None
+    clip: float = 0.0
+    rank: Annotated[int | None, _default("INT", "a quarter of the hidden size")] = None
+    alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128 and 1/4")] = None
+    update_proj_gap: Annotated[int | None, _default("INT", "200")] = None
+    project_embeddings: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How long, and on how much at a time.
+
+    Attributes:
+      steps: Optimizer steps.
+      batch: Sequences a step.
+      sequence: Tokens a sequence.
+      micro_batches: Parts of a batch whose gradients are made one after another and added up: less
+        memory, the same step.
+      evaluate_every: Steps between two evaluations; there is always one at the end.
+      evaluation_batches: Batches of an evaluation, the same ones each time.
+      seed: Seed of weights, data order, projections, stochastic rounding and text sample.
+    """
+
+    steps: Annotated[int | None, _default("INT", "the paper's; nano: 400; others: 10,000")] = None
+    batch: Annotated[int | None, _default("INT", "512; nano: 32")] = None
+    sequence: Annotated[int | None, _default("INT", "256; nano: 128")] = None
+    micro_batches: Annotated[int | None, _default("INT", "1; nano: 2")] = None
+    evaluate_every: Annotated[int | None, _default("INT", "a tenth of the steps")] = None
+    evaluation_batches: int = 10
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """The text.
+
+    Attributes:
+      source: A text file, a folder, a .jsonl, .jsonl.gz or .parquet file with a "text" field, or
+        hf:NAME for a data set of the Hugging Face hub; stdlib for the sources of Python's standard
+        library.
+      tokenizer: bytes, train:VOCAB, or the path of a tokenizer.json.
+    """
+
+    source: Annotated[str, tyro.conf.arg(name="data", metavar="SOURCE")] = "stdlib"
+    tokenizer: Annotated[str | None, _default("TOKENIZER", "that of --load, else bytes")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """What is kept of the run.
+
+    Attributes:
+      folder: Folder for all of it.
+      resume: Go on from the last checkpoint in --output, with all other flags as they were.
+      checkpoint_every: Steps between two checkpoints; 0 for the end and interruptions only.
+      keep: Checkpoints to keep.
+      log_every: Steps between two lines of progress; the metrics have every step.
+      tensorboard: Write TensorBoard event files too.
+      sample_length: Tokens of the text sample; 0 for none.
+      temperature: Temperature of the text sample; 0 for the likeliest token each time.
+      export: Folder to write the trained model to, as Hugging Face's transformers load it.
+    """
+
+    folder: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            name="output",
+            metavar="FOLDER",
+            help_behavior_hint="(default: runs/MODEL-OPTIMIZER)",
+        ),
+    ] = None
+    resume: bool = False
+    checkpoint_every: int = 1000
+    keep: int = 2
+    log_every: Annotated[int | None, _default("INT", "a fiftieth of the steps, at most 100")] = None
+    tensorboard: bool = False
+    sample_length: int = 200
+    temperature: float = 0.8
+    export: Annotated[Path | None, _default("FOLDER", "none")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Pre-trains a LLaMA with APOLLO or with one of Optax's optimizers.
+
+    Ends with a table of the validation loss, the optimizer's memory and the time of a step, a
+    picture of the curves and a sample of text. Ctrl-C saves, and says how to go on.
+    """
+
+    model: ModelOptions = ModelOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    training: TrainingOptions = TrainingOptions()
+    data: DataOptions = DataOptions()
+    output: OutputOptions = OutputOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides the numbers of one run.
+
+    A run goes on from a checkpoint only if all of it is the same.
+
+    Attributes:
+      model: The model's shape.
+      load: Folder the initial weights come from, or None.
+      weights: Dtype of the weights, "f32" or "bf16".
+      compute: Dtype of the matrix products, "f32" or "bf16".
+      remat: Whether activations are recomputed.
+      optimizer: The optimizer, with the number of steps.
+      batch: Sequences a step.
+      sequence: Tokens a sequence.
+      micro_batches: Parts of a batch.
+      seed: Seed of weights, data order, projections and rounding.
+      data: What the text is, by name.
+      text_digest: Digest of the training tokens, "" for a stream.
+    """
+
+    model: LlamaConfig
+    load: str | None
+    weights: Precision
+    compute: Precision
+    remat: bool
+    optimizer: OptimizerSettings
+    batch: int
+    sequence: int
+    micro_batches: int
+    seed: int
+    data: str
+    text_digest: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "sequence", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.batch % self.micro_batches:
+            raise ValueError(
+                f"a batch of {self.batch} sequences cannot be divided in {self.micro_batches} "
+                "micro-batches of one size; choose --micro-batches that divides --batch"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.optimizer.total_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one step predicts."""
+        return self.batch * self.sequence
+
+
+def check_options(config: PretrainConfig) -> None:
+    """Checks what decides no numbers: how often, how many, how long.
+
+    Raises:
+      ValueError: If a value is out of range.
+    """
+    training, output = config.training, config.output
+    lowest = {
+        "--evaluate-every": (training.evaluate_every, 1),
+        "--evaluation-batches": (training.evaluation_batches, 1),
+        "--checkpoint-every": (output.checkpoint_every, 0),
+        "--keep": (output.keep, 1),
+        "--log-every": (output.log_every, 1),
+        "--sample-length": (output.sample_length, 0),
+        "--temperature": (output.temperature, 0),
+    }
+    for flag, (value, least) in lowest.items():
+        if value is not None and value < least:
+            raise ValueError(f"{flag} is {value}; expected at least {least}")
+
+
+def compared_optimizers(options: OptimizerOptions) -> tuple[OptimizerName, ...]:
+    """Returns the optimizers to train with, in order.
+
+    Raises:
+      ValueError: If one is unknown, or named twice.
+
+    >>> compared_optimizers(OptimizerOptions(compare="apollo_mini,adamw"))
+    ('apollo_mini', 'adamw')
+    """
+    if options.compare is None:
+        return (options.name,)
+    names = [name.strip() for name in options.compare.split(",")]
+    known = {str(name): name for name in OPTIMIZERS}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"--compare names the optimizer {name!r}; allowed are {', '.join(OPTIMIZERS)}"
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"--compare names {name} twice; name each optimizer once")
+    return tuple(known[name] for name in names)
+
+
+def _defaults(options: ModelOptions) -> PaperSettings:
+    if options.preset == "paper":
+        return paper_settings(options.name)
+    defaults = PRESETS.get(options.name)
+    if defaults is None:
+        defaults = PaperSettings(steps=10_000, rank=MODELS[options.name].hidden_size // 4)
+    return dataclasses.replace(defaults, dtype="float32")
+
+
+def resolve(
+    config: PretrainConfig, name: OptimizerName, model: LlamaConfig, *, data: str, text_digest: str
+) -> RunSettings:
+    """Fills what was left out with the preset's and the model's defaults.
+
+    Args:
+      config: The command line.
+      name: Which of the compared optimizers the run is for.
+      model: The model's shape, whose vocabulary is the tokenizer's or that of the loaded weights.
+      data: What the text is, by name.
+      text_digest: Digest of the training tokens.
+
+    Returns:
+      The settings of the run.
+
+    Raises:
+      ValueError: If a setting is out of range, or the paper has none for the model.
+    """
+    defaults = _defaults(config.model)
+    weights = config.model.weights or ("bf16" if defaults.dtype == "bfloat16" else "f32")
+    return RunSettings(
+        model=model,
+        load=None if config.model.load is None else str(config.model.load),
+        weights=weights,
+        compute=config.model.compute or weights,
+        remat=config.model.remat,
+        optimizer=_optimizer_settings(config, name, model, defaults),
+        batch=_first(config.training.batch, defaults.sequences_per_batch),
+        sequence=_first(config.training.sequence, defaults.sequence_length),
+        micro_batches=_first(config.training.micro_batches, defaults.micro_batches),
+        seed=config.training.seed,
+        data=data,
+        text_digest=text_digest,
+    )
+
+
+def _optimizer_settings(
+    config: PretrainConfig, name: OptimizerName, model: LlamaConfig, defaults: PaperSettings
+) -> OptimizerSettings:
+    options = config.optimizer
+    is_apollo = name in ("apollo", "apollo_mini")
+    paper_rate = defaults.learning_rate if config.model.preset == "paper" and is_apollo else None
+    alphas = {"apollo": defaults.alpha_apollo, "apollo_mini": defaults.alpha_mini}
+    rank = defaults.rank if config.model.load is None else max(1, model.hidden_size // 4)
+    return OptimizerSettings(
+        name=name,
+        learning_rate=_first(options.learning_rate, paper_rate, DEFAULT_LEARNING_RATES[name]),
+        total_steps=_first(config.training.steps, defaults.steps),
+        warmup_fraction=_first(options.warmup_fraction, defaults.warmup_fraction),
+        final_fraction=defaults.final_learning_rate_fraction,
+        weight_decay=_first(options.weight_decay, defaults.weight_decay),
+        clip=options.clip,
+        rank=_first(options.rank, rank),
+        alpha=_first(options.alpha, alphas.get(name, _GALORE_ALPHA)),
+        update_proj_gap=_first(options.update_proj_gap, defaults.update_proj_gap),
+        project_embeddings=options.project_embeddings,
+        seed=config.training.seed,
+    )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that was given."""
+    return next(value for value in values if value is not None)

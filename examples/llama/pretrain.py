@@ -1,0 +1,253 @@
+"""Pre-trains a LLaMA: `python -m examples.llama.pretrain --help`."""
+
+import dataclasses
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import rich.console
+import tyro
+
+from examples.llama.config import MODELS, LlamaConfig, parameter_count
+from examples.llama.corpus import Corpus, load_corpus
+from examples.llama.huggingface import load_llama
+from examples.llama.interruption import caught_signals
+from examples.llama.metrics import read_metrics
+from examples.llama.optimizers import make_optimizer
+from examples.llama.options import PretrainConfig, check_options, compared_optimizers, resolve
+from examples.llama.report import RunResult, draw_curves, results_table, write_results
+from examples.llama.run import (
+    Evaluation,
+    Run,
+    has_checkpoint,
+    prepare_evaluation,
+    read_result,
+    train_run,
+)
+from examples.llama.text import Text, read_text, training_batches, validation_batches
+from examples.llama.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["Plan", "main", "prepare", "train_all"]
+
+_PROGRAM = "python -m examples.llama.pretrain"
+_TOKENIZER = "tokenizer.json"
+
+
+class Plan(NamedTuple):
+    """What a command line comes to.
+
+    Attributes:
+      runs: One an optimizer, in the order they are trained.
+      text: What all are trained on.
+      evaluation: How all are evaluated.
+      folder: Where the comparison is written.
+    """
+
+    runs: Sequence[Run]
+    text: Text
+    evaluation: Evaluation
+    folder: Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      argv: Its arguments; those of the process if None.
+
+    Returns:
+      The exit code: 0; 1 if something could not be read or written while training, such as to a
+      full disk; 2 for wrong input; 128 plus the number of the signal that stopped it, as shells
+      count.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[PretrainConfig],
+        prog=_PROGRAM,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    try:
+        plan = prepare(config)
+    except (ValueError, ImportError, OSError) as error:
+        return _answer(f"error: {error}", exit_code=2)
+    except KeyboardInterrupt:
+        return _answer("Aborted before the first step", exit_code=128 + signal.SIGINT)
+    resuming = _resuming_command(arguments)
+    with caught_signals() as caught:
+        try:
+            results = train_all(plan, config, console, caught)
+        except OSError as error:
+            return _answer(f"error: {error}. To go on: {resuming}", exit_code=1)
+        except KeyboardInterrupt:
+            console.print(f"Aborted. To go on from the last checkpoint, if any:\n{resuming}")
+            return 128 + signal.SIGINT
+    if len(results) < len(plan.runs):
+        console.print(f"Stopped and saved. To go on:\n{resuming}")
+        return 128 + caught[0]
+    _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
+    return 0
+
+
+def _answer(message: str, *, exit_code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return exit_code
+
+
+def _resuming_command(arguments: Sequence[str]) -> str:
+    flags = [argument for argument in arguments if argument != "--resume"]
+    return shlex.join([*_PROGRAM.split(), *flags, "--resume"])
+
+
+def prepare(config: PretrainConfig) -> Plan:
+    """Reads the text and settles everything, without training or writing anything.
+
+    Args:
+      config: The command line.
+
+    Returns:
+      What to do.
+
+    Raises:
+      ValueError: If the input is wrong; in terms of what was given, what is allowed, what to do.
+      OSError: If something cannot be read.
+      ImportError: If the text needs a package that is not installed.
+    """
+    check_options(config)
+    names = compared_optimizers(config.optimizer)
+    folder = config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
+    corpus = load_corpus(config.data.source)
+    tokenizer = _tokenizer(config, corpus, folder)
+    model = _model(config, tokenizer)
+    text = read_text(corpus, tokenizer)
+    settings = [
+        resolve(config, name, model, data=text.name, text_digest=text.digest) for name in names
+    ]
+    for each in settings:
+        make_optimizer(each.optimizer)
+    training_batches(text, settings[0]).close()
+    batches = validation_batches(text, settings[0], max_batches=config.training.evaluation_batches)
+    evaluation = prepare_evaluation(
+        settings[0],
+        batches,
+        every=config.training.evaluate_every or max(1, settings[0].steps // 10),
+    )
+    runs = [
+        Run(each, folder / name if len(names) > 1 else folder, config.output.resume)
+        for name, each in zip(names, settings, strict=True)
+    ]
+    runs = [run._replace(resume=has_checkpoint(run)) for run in runs]
+    if config.output.resume and not any(run.resume for run in runs):
+        raise ValueError(
+            f"there is no checkpoint to resume in {folder}; leave --resume out to start, or name "
+            "the --output of the run"
+        )
+    return Plan(runs, text, evaluation, folder)
+
+
+def _model_name(config: PretrainConfig) -> str:
+    return config.model.name if config.model.load is None else config.model.load.name
+
+
+def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenizer:
+    spec, load = config.data.tokenizer, config.model.load
+    if spec is None:
+        comes_with_model = load is not None and (load / _TOKENIZER).is_file()
+        spec = str(load) if comes_with_model else "bytes"
+    trained = folder / _TOKENIZER
+    if spec.startswith("train:") and config.output.resume and trained.is_file():
+        spec = str(trained)
+    return load_tokenizer(spec, corpus.train)
+
+
+def _model(config: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    if config.model.load is None:
+        return dataclasses.replace(MODELS[config.model.name], vocab_size=tokenizer.vocab_size)
+    model, _ = load_llama(config.model.load)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids, the model in {config.model.load} "
+            f"{model.vocab_size:,}; give the --tokenizer that belongs to it"
+        )
+    return model
+
+
+def train_all(
+    plan: Plan,
+    config: PretrainConfig,
+    console: rich.console.Console,
+    caught: Sequence[signal.Signals],
+) -> list[RunResult]:
+    """Trains one run after another.
+
+    Args:
+      plan: The runs.
+      config: The command line.
+      console: Shows the progress.
+      caught: Not empty once the process is to stop.
+
+    Returns:
+      The results; fewer than runs if stopped.
+
+    Raises:
+      OSError: If the disk is full.
+    """
+    shape = plan.runs[0].settings.model
+    console.print(f"{parameter_count(shape):,} parameters, trained on {plan.text.name}")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    plan.text.tokenizer.save(plan.folder / _TOKENIZER)
+    results: list[RunResult] = []
+    for run in plan.runs:
+        output = config.output
+        if output.export is not None and len(plan.runs) > 1:
+            output = dataclasses.replace(output, export=output.export / run.settings.optimizer.name)
+        exported = output.export is None or output.export.exists()
+        result = read_result(run) if exported else None
+        result = result or train_run(
+            run, plan.text, plan.evaluation, output, console, lambda: bool(caught)
+        )
+        if result is None:
+            break
+        results.append(result)
+    return results
+
+
+def _report(
+    plan: Plan, results: Sequence[RunResult], command: str, console: rich.console.Console
+) -> None:
+    settings = plan.runs[0].settings
+    about = {
+        "command": command,
+        "data": plan.text.name,
+        "model": dataclasses.asdict(settings.model),
+        "parameters": parameter_count(settings.model),
+        "batch": settings.batch,
+        "sequence": settings.sequence,
+        "weights": settings.weights,
+        "compute": settings.compute,
+        "seed": settings.seed,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+    write_results(plan.folder, results, about)
+    curves = {str(run.settings.optimizer.name): read_metrics(run.folder) for run in plan.runs}
+    title = f"{parameter_count(settings.model):,} parameters on {plan.text.name}"
+    draw_curves(plan.folder / "curves.png", curves, title=title)
+    for result in results:
+        if result.sample:
+            console.print(f"\n--- {result.optimizer} goes on from the validation text ---")
+            console.print(result.sample)
+    console.print()
+    console.print(results_table(results), soft_wrap=False)
+    console.print(f"Written to {plan.folder}: results.json, results.md, curves.png, metrics")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The text of a run: token ids to train on, to evaluate with and to continue."""
+
+import hashlib
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from examples.llama import data
+from examples.llama.corpus import Corpus
+from examples.llama.options import RunSettings
+from examples.llama.tokenizer import Tokenizer
+
+__all__ = ["Text", "read_text", "training_batches", "validation_batches"]
+
+_STREAMED_VALIDATION_TOKENS = 1 << 20
+
+
+class Text(NamedTuple):
+    """A corpus and the ids a tokenizer makes of it.
+
+    Attributes:
+      name: Of the corpus.
+      tokenizer: Made the ids.
+      train: Ids of the training documents, or the stream of these.
+      validation: Ids of the held-out documents, of a stream the first million.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    train: Integer[np.ndarray, " tokens"] | grain.IterDataset[str]
+    validation: Integer[np.ndarray, " tokens"]
+
+    @property
+    def digest(self) -> str:
+        """Eight bytes, in hexadecimal, that change with the training ids; "" for a stream."""
+        if isinstance(self.train, grain.IterDataset):
+            return ""
+        return hashlib.blake2b(self.train.tobytes(), digest_size=8).hexdigest()
+
+
+def read_text(corpus: Corpus, tokenizer: Tokenizer) -> Text:
+    """Encodes a corpus; of a streamed one only the validation documents."""
+    limit = _STREAMED_VALIDATION_TOKENS if corpus.streamed else None
+    validation = data.encode_documents(corpus.validation, tokenizer, max_tokens=limit)
+    if isinstance(corpus.train, grain.IterDataset):
+        return Text(corpus.name, tokenizer, corpus.train, validation)
+    train = data.encode_documents(corpus.train, tokenizer)
+    return Text(corpus.name, tokenizer, train, validation)
+
+
+def training_batches(text: Text, settings: RunSettings) -> grain.DatasetIterator[data.Batch]:
+    """Returns the batches of a run, from its first.
+
+    Raises:
+      ValueError: If the text does not fill one batch.
+    """
+    sequence, batch, seed = settings.sequence, settings.batch, settings.seed
+    if isinstance(text.train, grain.IterDataset):
+        return data.streamed_batches(
+            text.train, text.tokenizer, sequence_length=sequence, batch_size=batch, seed=seed
+        )
+    return data.token_batches(text.train, sequence_length=sequence, batch_size=batch, seed=seed)
+
+
+def validation_batches(
+    text: Text, settings: RunSettings, *, max_batches: int
+) -> list[Int32[np.ndarray, "batch sequence_and_next"]]:
+    """Returns the batches of every evaluation.
+
+    A validation text too short for a batch makes one smaller batch of all its sequences.
+
+    Raises:
+      ValueError: If the text does not fill one sequence.
+    """
+    sequences = (len(text.validation) - 1) // settings.sequence
+    batches = data.evaluation_batches(
+        text.validation,
+        sequence_length=settings.sequence,
+        batch_size=max(1, min(settings.batch, sequences)),
+        max_batches=max_batches,
+    )
+    return [batch["tokens"] for batch in batches]

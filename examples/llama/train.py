@@ -1,0 +1,115 @@
+"""One optimizer step and the evaluation of a LLaMA, as pure jitted functions."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32, PyTree
+
+import apollo_optax
+from examples.llama import model
+from examples.llama.config import LlamaConfig
+
+__all__ = ["TrainState", "init_state", "make_loss", "make_train_step", "mean_loss"]
+
+Tokens = Int32[Array, "batch sequence_and_next"]
+LossFunction = Callable[[model.Params, Any], Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """What a step reads and writes.
+
+    Attributes:
+      step: Optimizer steps done, int32 scalar.
+      params: Parameters as `model.init_params` returns them, float32 or bfloat16.
+      opt_state: The optimizer's state, of float32 gradients.
+    """
+
+    step: Int32[Array, ""]
+    params: model.Params
+    opt_state: optax.OptState
+
+
+def init_state(tx: optax.GradientTransformation, params: model.Params) -> TrainState:
+    """Returns the state before the first step; bfloat16 weights get float32 moments too."""
+    opt_state = jax.jit(lambda params: tx.init(_to_float32(params)))(params)
+    return TrainState(jnp.zeros([], jnp.int32), params, opt_state)
+
+
+def make_loss(config: LlamaConfig, *, dtype: DTypeLike, remat: bool) -> LossFunction:
+    """Returns the function of parameters and tokens that is the mean loss of a token, in nats.
+
+    Args:
+      config: The model's shape.
+      dtype: Dtype of the matrix products.
+      remat: Whether the backward pass recomputes the blocks' activations.
+
+    Returns:
+      `(params, int32 (batch, sequence + 1)) -> float32 scalar`.
+    """
+
+    def loss(params: model.Params, tokens: Tokens) -> Float[Array, ""]:
+        logits = model.forward(config, params, tokens[:, :-1], dtype=dtype, remat=remat)
+        return jnp.mean(model.cross_entropy(logits, tokens[:, 1:]))
+
+    return loss
+
+
+def make_train_step(
+    loss: LossFunction, tx: optax.GradientTransformation, *, micro_batches: int = 1, seed: int = 0
+) -> jax.stages.Wrapped:
+    """Returns the jitted step. It takes over the memory of the state it is given.
+
+    Args:
+      loss: Mean loss of a batch.
+      tx: The optimizer.
+      micro_batches: Into how many parts the batch is divided, whose gradients are summed one after
+        another in float32; divides the batch.
+      seed: Seed of the stochastic rounding of bfloat16 weights.
+
+    Returns:
+      `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before the step)`.
+    """
+
+    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Float[Array, ""]]:
+        value, grads = _value_and_grad(loss, state.params, tokens, micro_batches)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        params = apollo_optax.apply_updates_stochastic(state.params, updates, key)
+        return TrainState(state.step + 1, params, opt_state), value
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _value_and_grad(
+    loss: LossFunction, params: model.Params, tokens: Tokens, micro_batches: int
+) -> tuple[Float[Array, ""], PyTree]:
+    """Mean loss of the batch and its float32 gradients."""
+    value_and_grad = jax.value_and_grad(loss)
+    if micro_batches == 1:
+        value, grads = value_and_grad(params, tokens)
+        return value, _to_float32(grads)
+
+    def accumulate(total: PyTree, micro_batch: Tokens) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    parts = tokens.reshape(micro_batches, -1, tokens.shape[-1])
+    total, _ = jax.lax.scan(accumulate, (jnp.zeros([], jnp.float32), zeros), parts)
+    return jax.tree.map(lambda x: x / micro_batches, total)
+
+
+def _to_float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def mean_loss(
+    loss: LossFunction, params: model.Params, batches: Iterable[Tokens | np.ndarray]
+) -> float:
+    """Returns the mean of a jitted loss over batches of one size, in nats."""
+    losses = [loss(params, tokens) for tokens in batches]
+    return float(jnp.mean(jnp.stack(losses)))

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+from examples.llama.metrics import open_metrics, read_metrics
+
+
+def test_lines_are_read_as_written(tmp_path: Path) -> None:
+    with open_metrics(tmp_path) as write:
+        write({"step": 1, "loss": 2.5})
+        write({"step": 1, "validation_loss": 2.75})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 2.5},
+        {"step": 1, "validation_loss": 2.75},
+    ]
+
+
+def test_going_on_after_a_step_leaves_neither_gaps_nor_duplicates(tmp_path: Path) -> None:
+    with open_metrics(tmp_path) as write:
+        for step in range(1, 6):
+            write({"step": step, "loss": 0.0})
+        write({"step": 3, "validation_loss": 0.0})
+    with open_metrics(tmp_path, steps_done=3) as write:
+        for step in range(4, 8):
+            write({"step": step, "loss": 1.0})
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["loss"] for line in lines if "loss" in line] == [0.0] * 3 + [1.0] * 4
+    assert sum("validation_loss" in line for line in lines) == 1
+
+
+def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    whole = json.dumps({"step": 1, "loss": 0.5}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "lo')
+    with open_metrics(tmp_path, steps_done=2) as write:
+        write({"step": 2, "loss": 0.25})
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5, 0.25]
+
+
+def test_a_new_run_begins_with_no_lines(tmp_path: Path) -> None:
+    with open_metrics(tmp_path) as write:
+        write({"step": 1, "loss": 0.0})
+    with open_metrics(tmp_path):
+        pass
+    assert read_metrics(tmp_path) == []
+
+
+def test_tensorboard_gets_every_value_by_its_name(tmp_path: Path) -> None:
+    with open_metrics(tmp_path, tensorboard=True) as write:
+        write({"step": 1, "loss": 0.5, "learning_rate": 0.25})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    assert b"loss" in written
+    assert b"learning_rate" in written
+    assert b"step" not in written

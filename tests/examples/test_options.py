@@ -1,0 +1,128 @@
+import dataclasses
+from typing import Any, get_args
+
+import pytest
+
+from examples.llama.config import MODELS
+from examples.llama.optimizers import DEFAULT_LEARNING_RATES, OPTIMIZERS, OptimizerName
+from examples.llama.options import (
+    ModelName,
+    ModelOptions,
+    OptimizerOptions,
+    PretrainConfig,
+    RunSettings,
+    TrainingOptions,
+    check_options,
+    compared_optimizers,
+    resolve,
+)
+
+
+def resolved(name: Any, model: str = "nano", **options: Any) -> RunSettings:
+    config = PretrainConfig(model=ModelOptions(name=model), **options)  # type: ignore[arg-type]
+    return resolve(config, name, MODELS[model], data="text", text_digest="")
+
+
+def paper(name: Any, model: str, **options: Any) -> RunSettings:
+    config = PretrainConfig(model=ModelOptions(name=model, preset="paper"), **options)  # type: ignore[arg-type]
+    return resolve(config, name, MODELS[model], data="text", text_digest="")
+
+
+def test_the_command_line_offers_every_model_and_every_optimizer() -> None:
+    assert set(get_args(ModelName)) == set(MODELS)
+    assert set(get_args(OptimizerName)) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "rank", "alpha", "steps"),
+    [
+        ("60m", "apollo", 128, 1.0, 10_000),
+        ("350m", "apollo_mini", 256, 128**0.5, 60_000),
+        ("1b", "apollo", 512, 0.5, 100_000),
+        ("7b", "apollo", 256, 0.5, 150_000),
+    ],
+)
+def test_paper_preset_is_the_papers_setting(
+    model: str, optimizer: str, rank: int, alpha: float, steps: int
+) -> None:
+    run = paper(optimizer, model)
+    assert run.optimizer.rank == rank
+    assert run.optimizer.alpha == pytest.approx(alpha)
+    assert (run.steps, run.tokens_per_step) == (steps, 131_072)
+    assert (run.optimizer.learning_rate, run.optimizer.warmup_fraction) == (0.01, 0.1)
+    assert (run.optimizer.weight_decay, run.optimizer.clip) == (0, 0)
+    assert (run.weights, run.compute) == ("bf16", "bf16")
+
+
+def test_paper_preset_keeps_adamws_own_learning_rate() -> None:
+    assert paper("adamw", "60m").optimizer.learning_rate == DEFAULT_LEARNING_RATES["adamw"]
+
+
+def test_paper_preset_of_a_model_the_paper_does_not_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="3b"):
+        paper("apollo", "3b")
+
+
+def test_what_is_given_goes_before_the_preset() -> None:
+    run = paper(
+        "apollo",
+        "60m",
+        optimizer=OptimizerOptions(learning_rate=0.5, rank=3),
+        training=TrainingOptions(steps=7),
+    )
+    assert (run.optimizer.learning_rate, run.optimizer.rank, run.steps) == (0.5, 3, 7)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_has_defaults(model: str) -> None:
+    run = resolved("apollo", model)
+    assert (run.weights, run.compute) == ("f32", "f32")
+    assert run.optimizer.rank == (256 if model == "7b" else MODELS[model].hidden_size // 4)
+
+
+def test_zero_given_is_not_taken_for_left_out() -> None:
+    run = resolved("apollo", optimizer=OptimizerOptions(warmup_fraction=0.0))
+    assert run.optimizer.warmup_fraction == 0.0
+
+
+def test_compared_optimizers_come_in_the_order_given() -> None:
+    assert compared_optimizers(OptimizerOptions(compare="sgd, adamw")) == ("sgd", "adamw")
+    assert compared_optimizers(OptimizerOptions(name="muon")) == ("muon",)
+
+
+@pytest.mark.parametrize(
+    ("compare", "named"), [("apollo,adam", "'adam'"), ("sgd,sgd", "sgd twice"), ("", "''")]
+)
+def test_wrong_comparisons_are_named(compare: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        compared_optimizers(OptimizerOptions(compare=compare))
+
+
+@pytest.mark.parametrize("field", ["batch", "sequence", "micro_batches"])
+def test_sizes_below_one_are_named(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} is 0"):
+        resolved("apollo", training=TrainingOptions(**{field: 0}))
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch of 16 sequences .* 3 micro-batches"):
+        resolved("apollo", training=TrainingOptions(micro_batches=3))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("training", "evaluate_every", 0),
+        ("training", "evaluation_batches", 0),
+        ("output", "checkpoint_every", -1),
+        ("output", "keep", 0),
+        ("output", "log_every", 0),
+        ("output", "sample_length", -1),
+        ("output", "temperature", -0.5),
+    ],
+)
+def test_what_decides_no_numbers_is_checked_too(part: str, field: str, value: float) -> None:
+    config = PretrainConfig()
+    options = dataclasses.replace(getattr(config, part), **{field: value})
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is {value}"):
+        check_options(dataclasses.replace(config, **{part: options}))

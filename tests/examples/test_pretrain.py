@@ -1,0 +1,394 @@
+import contextlib
+import io
+import json
+import math
+import shlex
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from examples.llama.config import MODELS, LlamaConfig
+from examples.llama.huggingface import load_llama
+from examples.llama.metrics import read_metrics
+from examples.llama.pretrain import main
+
+TINY = LlamaConfig(256, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2)
+STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(compile_quickly: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_models() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "nano", TINY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(f"The square of {n} is {n * n}.\n" for n in range(200)))
+    return path
+
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def command(corpus: Path) -> Command:
+    def arguments(output: Path, *more: str) -> list[str]:
+        sizes = ["--sequence", "16", "--batch", "4", "--evaluation-batches", "2"]
+        lengths = ["--steps", str(STEPS), "--evaluate-every", "2", "--sample-length", "0"]
+        return ["--data", str(corpus), "--output", str(output), *sizes, *lengths, *more]
+
+    return arguments
+
+
+class Pressing(io.StringIO):
+    """An output that presses Ctrl-C, once or twice, when a text is first written to it."""
+
+    def __init__(self, text: str, times: int = 1):
+        super().__init__()
+        self.text, self.times = text, times
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        while self.text in text and self.times > 0:
+            self.times -= 1
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+
+def run(arguments: Sequence[str], output: io.StringIO | None = None) -> tuple[int, str]:
+    output = output or io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = main(arguments)
+    return code, output.getvalue()
+
+
+def wrong_input(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that answers wrong input."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# bfloat16 weights depend on the step by their rounding, float32 ones by the projection.
+KINDS = {
+    "apollo": ["--optimizer", "apollo", "--update-proj-gap", "2"],
+    "adamw-bf16": ["--optimizer", "adamw", "--weights", "bf16", "--micro-batches", "2"],
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def finished(
+    request: pytest.FixtureRequest, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """The folder of a run of six steps, saved after three and after six, and its flags."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    flags = [*KINDS[request.param], "--checkpoint-every", "3"]
+    code, _ = run(command(folder, *flags))
+    assert code == 0
+    return folder, flags
+
+
+@pytest.fixture(scope="module")
+def apollo_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of an exported run, and what it printed."""
+    folder = tmp_path_factory.mktemp("exported") / "run"
+    more = ["--export", str(folder / "exported"), "--sample-length", "8", "--tensorboard"]
+    code, output = run(command(folder, *more))
+    assert code == 0
+    return folder, output
+
+
+def checkpoint(folder: Path, step: int = STEPS) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute() / "checkpoints" / str(step) / "state")
+
+
+def record(folder: Path, step: int = STEPS) -> dict[str, Any]:
+    path = folder / "checkpoints" / str(step) / "record" / "metadata"
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(one), checkpoint(other))
+    assert record(one) == record(other)
+    assert metrics(one) == metrics(other)
+
+
+def test_a_killed_run_goes_on_as_if_uninterrupted(
+    finished: tuple[Path, list[str]], command: Command, tmp_path: Path
+) -> None:
+    folder, flags = finished
+    killed = tmp_path / "killed"
+    shutil.copytree(folder, killed)
+    shutil.rmtree(killed / "checkpoints" / str(STEPS))
+    for name in ("result.json", "results.json", "curves.png"):
+        (killed / name).unlink()
+    code, output = run([*command(killed, *flags), "--resume"])
+    assert code == 0
+    assert "step 3/6" not in output
+    assert_same_run(folder, killed)
+
+
+def test_a_finished_run_can_be_exported_later(
+    finished: tuple[Path, list[str]], command: Command, tmp_path: Path
+) -> None:
+    folder, flags = finished
+    before = metrics(folder)
+    result = json.loads((folder / "result.json").read_text())
+    code, output = run([*command(folder, *flags), "--resume", "--export", str(tmp_path / "model")])
+    assert code == 0
+    assert "step 6/6" not in output
+    _, params = load_llama(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(folder)["params"], params)
+    assert metrics(folder) == before
+    assert json.loads((folder / "result.json").read_text()) == result
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on_as_if_uninterrupted(
+    finished: tuple[Path, list[str]], command: Command, tmp_path: Path
+) -> None:
+    folder, flags = finished
+    stopped = tmp_path / "stopped run"
+    code, output = run(command(stopped, *flags), Pressing("step 2/6"))
+    assert code == 128 + signal.SIGINT
+    assert not (stopped / "result.json").exists()
+    *_, saved, resuming = output.splitlines()
+    assert "saved" in saved
+    assert resuming.startswith("python -m examples.llama.pretrain ")
+    code, _ = run(shlex.split(resuming)[3:])
+    assert code == 0
+    assert_same_run(folder, stopped)
+
+
+def test_a_second_ctrl_c_aborts(command: Command, tmp_path: Path) -> None:
+    code, output = run(command(tmp_path / "run"), Pressing("step 1/6", times=2))
+    assert code == 128 + signal.SIGINT
+    assert "Aborted" in output
+
+
+def test_the_metrics_have_every_step_and_every_evaluation(finished: tuple[Path, Any]) -> None:
+    lines = read_metrics(finished[0])
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in steps] == [64 * step for step in range(1, 7)]
+    assert all(line["learning_rate"] > 0 and line["seconds"] > 0 for line in steps)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4, 6]
+
+
+def test_an_untrained_model_is_as_good_as_guessing_and_a_trained_one_better(
+    apollo_run: tuple[Path, str],
+) -> None:
+    lines = read_metrics(apollo_run[0])
+    assert lines[0]["loss"] == pytest.approx(math.log(256), rel=0.02)
+    assert lines[-1]["validation_loss"] < lines[0]["loss"] - 0.5
+
+
+def test_a_run_ends_with_its_table_its_picture_and_a_sample(apollo_run: tuple[Path, str]) -> None:
+    folder, output = apollo_run
+    written = json.loads((folder / "results.json").read_text())
+    (result,) = written["runs"]
+    assert result["optimizer"] == "apollo"
+    assert result["validation_loss"] == read_metrics(folder)[-1]["validation_loss"]
+    assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / math.log(2))
+    assert result["parameter_bytes"] == 4 * written["parameters"]
+    assert result["step_milliseconds"] > 0
+    assert f"{result['perplexity']:.3f}" in output
+    assert result["sample"] in output
+    assert len(result["sample"]) >= 32
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_output_to_a_pipe_is_plain_lines(apollo_run: tuple[Path, str]) -> None:
+    assert "\r" not in apollo_run[1]
+    assert "\x1b" not in apollo_run[1]
+
+
+def test_state_bytes_are_those_of_the_checkpointed_state(apollo_run: tuple[Path, str]) -> None:
+    (result,) = json.loads((apollo_run[0] / "results.json").read_text())["runs"]
+    state = checkpoint(apollo_run[0])
+    assert result["state_bytes"] == sum(x.nbytes for x in jax.tree.leaves(state["opt_state"]))
+
+
+def test_an_exported_model_is_the_trained_one_and_can_be_trained_on(
+    apollo_run: tuple[Path, str], command: Command, tmp_path: Path
+) -> None:
+    exported = apollo_run[0] / "exported"
+    config, params = load_llama(exported)
+    assert config == TINY
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(apollo_run[0])["params"], params)
+    more = ["--load", str(exported), "--optimizer", "sgd", "--learning-rate", "1e-9"]
+    code, _ = run(command(tmp_path / "run", *more))
+    assert code == 0
+    before, after = read_metrics(apollo_run[0])[-1], read_metrics(tmp_path / "run")[-1]
+    assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-5)
+
+
+def test_compared_optimizers_see_the_same_batches_from_the_same_weights(
+    command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "compared"
+    compare = command(folder, "--compare", "sgd,adamw", "--tokenizer", "train:270")
+    code, _ = run(compare, Pressing("adamw  step 2/6"))
+    assert code == 128 + signal.SIGINT
+    code, output = run([*compare, "--resume"])
+    assert code == 0
+    assert "sgd  step" not in output
+    first_losses = {read_metrics(folder / name)[0]["loss"] for name in ("sgd", "adamw")}
+    assert len(first_losses) == 1
+    written = json.loads((folder / "results.json").read_text())
+    assert [result["optimizer"] for result in written["runs"]] == ["sgd", "adamw"]
+    assert [result["bits_per_byte"] for result in written["runs"]] == [None, None]
+    assert written["model"]["vocab_size"] == 270
+    assert (folder / "tokenizer.json").is_file()
+    assert record(folder / "sgd")["batches"] == record(folder / "adamw")["batches"]
+
+
+def test_a_full_disk_is_answered_in_one_line_that_says_how_to_go_on(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert main(command(tmp_path / "run", "--optimizer", "sgd")) == 1
+    error = capsys.readouterr().err
+    assert "no room for the checkpoint of step 6" in error
+    assert "--resume" in error
+    assert error.count("\n") == 1
+
+
+def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--model", "--compare", "--update-proj-gap", "--resume", "--export"):
+        assert flag in text
+    assert "(default: a tenth of the" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "adam"], ["--model", "2b"], ["--steps", "many"]])
+def test_what_a_flag_does_not_take_is_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 2
+    assert flags[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--data", "no-such.txt"], "no-such.txt: no such file or folder"),
+        (["--data", "empty.txt"], "no text in it"),
+        (["--data", "short.txt"], "one batch of 4 needs 65 tokens"),
+        (["--tokenizer", "no-such.json"], "no such file"),
+        (["--compare", "apollo,adam"], "'adam'"),
+        (["--micro-batches", "3"], "batch of 4 sequences"),
+        (["--rank", "0"], "rank"),
+        (["--learning-rate", "-1"], "learning rate is -1.0"),
+        (["--keep", "0"], "--keep is 0"),
+        (["--resume"], "no checkpoint to resume"),
+        (["--load", "no-such-model"], "config.json does not exist"),
+        (["--preset", "paper", "--model", "3b"], "'3b'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_answered_in_one_line(
+    flags: list[str],
+    named: str,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("A text of less than one batch.")
+    assert named in wrong_input(command(tmp_path / "run", *flags), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(
+    apollo_run: tuple[Path, str], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_metrics(apollo_run[0])
+    error = wrong_input(command(apollo_run[0]), capsys)
+    assert "holds a run already" in error
+    assert "--resume" in error
+    assert read_metrics(apollo_run[0]) == before
+
+
+def test_a_run_is_not_resumed_with_another_setting(
+    apollo_run: tuple[Path, str], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = wrong_input(command(apollo_run[0], "--resume", "--alpha", "3"), capsys)
+    assert "optimizer.alpha is 1.0 there and 3.0 here" in error
+    assert "seed" not in error
+
+
+def test_a_checkpoint_of_another_model_is_named_by_the_field_that_differs(
+    apollo_run: tuple[Path, str],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = LlamaConfig(256, hidden_size=16, intermediate_size=48, num_layers=2, num_heads=2)
+    monkeypatch.setitem(MODELS, "nano", other)
+    error = wrong_input(command(apollo_run[0], "--resume"), capsys)
+    assert "model.intermediate_size is 32 there and 48 here" in error
+
+
+def test_a_run_is_not_resumed_on_another_text(
+    apollo_run: tuple[Path, str],
+    command: Command,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = tmp_path / "changed.txt"
+    changed.write_text(corpus.read_text().replace("square", "second power"))
+    error = wrong_input(command(apollo_run[0], "--resume", "--data", str(changed)), capsys)
+    assert "text_digest" in error
+
+
+def test_a_tokenizer_of_more_ids_than_the_loaded_model_has_is_refused(
+    apollo_run: tuple[Path, str],
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--load", str(apollo_run[0] / "exported"), "--tokenizer", "train:270"]
+    error = wrong_input(command(tmp_path / "run", *more), capsys)
+    assert "270 ids" in error
