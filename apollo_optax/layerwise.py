@@ -403,7 +403,8 @@ def _run_blocks(
 
     def pullback_of(layer: Params, index: Int[Array, ""]) -> Callable:
         of_layer = jax.tree.leaves(weights.read(layer))
-        saved = iter([jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False) for a in kept])
+        # Kept apart, or XLA transposes what all layers kept before the loop instead of one in it.
+        saved = iter(jax.lax.optimization_barrier([a[index] for a in kept]))
         residuals = [next(saved) if i is None else of_layer[i] for i in layer_position]
         return jax.tree.unflatten(structure, residuals)
 
@@ -413,8 +414,8 @@ def _run_blocks(
 def _from_slices(function: Callable) -> Callable:
     """Makes sure that `function` gets slices of the stacks, not reads of them fused into its work.
 
-    XLA for CPUs fuses the read of a layer into the write of another array, and then copies the whole
-    stack to be able to write the layer in place. There, `function` is a computation of its own.
+    XLA for CPUs fuses the read of a layer into the write of another array, and then copies the
+    whole stack to write that layer in place. There, `function` is a computation of its own.
     """
 
     def own_computation(*args: Any) -> Any:

@@ -77,13 +77,34 @@ def rotary_embedding(
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary embeddings and grouped key and value heads."""
+    """Causal self-attention with rotary embeddings and grouped key and value heads.
+
+    Args:
+        config: the model's shape.
+        param_dtype: dtype of the parameters.
+        dtype: dtype of the matrix products.
+        heads_at_once: heads whose attention weights exist at one time; None for all. Divides the
+            heads into groups with as many key and value heads each.
+        rngs: source of the initial parameters.
+    """
 
     def __init__(
-        self, config: LlamaConfig, *, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        param_dtype: DTypeLike,
+        dtype: DTypeLike,
+        heads_at_once: int | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         linear = _linear(param_dtype, dtype, rngs)
         self.config = config
+        self.groups, left = divmod(config.num_heads, heads_at_once or config.num_heads)
+        if left or config.num_kv_heads % self.groups:
+            raise ValueError(
+                f"heads_at_once is {heads_at_once}; it must divide the {config.num_heads} heads "
+                f"and leave whole groups of the {config.num_kv_heads} key and value heads"
+            )
         self.q_proj = linear(config.hidden_size, config.hidden_size)
         self.k_proj = linear(config.hidden_size, config.kv_size)
         self.v_proj = linear(config.hidden_size, config.kv_size)
@@ -96,8 +117,22 @@ class Attention(nnx.Module):
         query = rotary_embedding(self.config, self.q_proj(tokens).reshape(heads))
         key = rotary_embedding(self.config, self.k_proj(tokens).reshape(heads))
         value = self.v_proj(tokens).reshape(heads)
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        attended = _attend(query, key, value, self.groups)
         return self.o_proj(attended.reshape(tokens.shape)).reshape(x.shape)
+
+
+def _attend(query: Array, key: Array, value: Array, groups: int) -> Array:
+    """Causal attention, one group of heads after another; weights are computed again backwards."""
+    attention = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    if groups == 1:
+        return attention(query, key, value)
+
+    def grouped(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1, x.shape[-1]), 2, 0)
+
+    recomputed = jax.checkpoint(lambda qkv: attention(*qkv), prevent_cse=False)
+    attended = jax.lax.map(recomputed, (grouped(query), grouped(key), grouped(value)))
+    return jnp.moveaxis(attended, 0, 2).reshape(query.shape)
 
 
 class Mlp(nnx.Module):
@@ -122,10 +157,18 @@ class Block(nnx.Module):
     """One layer: attention and feed-forward, each normalised before and added to its input."""
 
     def __init__(
-        self, config: LlamaConfig, *, param_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        param_dtype: DTypeLike,
+        dtype: DTypeLike,
+        heads_at_once: int | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.attention_norm = _norm(config, param_dtype, dtype, rngs)
-        self.attention = Attention(config, param_dtype=param_dtype, dtype=dtype, rngs=rngs)
+        self.attention = Attention(
+            config, param_dtype=param_dtype, dtype=dtype, heads_at_once=heads_at_once, rngs=rngs
+        )
         self.mlp_norm = _norm(config, param_dtype, dtype, rngs)
         self.mlp = Mlp(config, param_dtype=param_dtype, dtype=dtype, rngs=rngs)
 
@@ -204,11 +247,22 @@ def embed(
     return _bind(make, rest["embed"])(tokens)
 
 
-def block(config: LlamaConfig, block_params: Params, x: Hidden) -> Hidden:
-    """Runs one layer, whose parameters have no axis of layers, in the dtype of `x`."""
+def block(
+    config: LlamaConfig, block_params: Params, x: Hidden, *, heads_at_once: int | None = None
+) -> Hidden:
+    """Runs one layer, whose parameters have no axis of layers, in the dtype of `x`.
+
+    `heads_at_once` bounds the attention weights that exist at one time, as in `Attention`.
+    """
 
     def make(rngs: nnx.Rngs) -> Block:
-        return Block(config, param_dtype=jnp.float32, dtype=x.dtype, rngs=rngs)
+        return Block(
+            config,
+            param_dtype=jnp.float32,
+            dtype=x.dtype,
+            heads_at_once=heads_at_once,
+            rngs=rngs,
+        )
 
     return _bind(make, block_params)(x)
 
