@@ -1,0 +1,368 @@
+"""Names of chips and slices, what they are, and their devices, absent or not.
+
+The tables hold facts: the vendors' data sheets, what a CUDA program reads from the driver, and what
+the TPU compiler calls available. Where they differ from the number in a chip's name, they count.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+MIB = 2**20
+
+
+class Tpu(NamedTuple):
+    """A TPU generation.
+
+    Attributes:
+      topology: What the compiler calls it.
+      axes: Axes of its torus.
+      largest: Chips of its largest slice.
+      devices_per_chip: JAX devices of a chip.
+      usable_bytes: HBM of a device that programs may use, "available HBM" in the compiler's words.
+      options: What `get_topology_desc` needs beside the name.
+    """
+
+    topology: str
+    axes: int
+    largest: int
+    devices_per_chip: int
+    usable_bytes: int
+    options: Mapping[str, str] = {}
+
+
+TPUS: dict[str, Tpu] = {
+    # 32 GiB. Without "megacore" each of a chip's two cores would be a device.
+    "tpu-v4": Tpu("v4", 3, 4096, 1, int(30.75 * GIB), {"chip_config_name": "megacore"}),
+    "tpu-v5e": Tpu("v5e", 2, 256, 1, int(15.75 * GIB)),  # 16 GiB
+    "tpu-v5p": Tpu("v5p", 3, 8960, 1, int(95.74 * GIB)),  # 95.74 GiB
+    "tpu-v6e": Tpu("v6e", 2, 256, 1, int(31.25 * GIB)),  # 32 GiB
+    "tpu7x": Tpu("tpu7x", 3, 9216, 2, int(94.75 * GIB)),  # 192 GiB a chip of two devices
+}
+SLICES_2D = {(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)}
+SMALL_SLICES_3D = {(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)}
+
+
+class Architecture(NamedTuple):
+    """What the GPUs of a generation have in common, a streaming multiprocessor each."""
+
+    capability: str
+    fpus: int
+    threads: int
+    shared_bytes: int
+    shared_bytes_of_a_block: int
+
+
+AMPERE = Architecture("major: 8", 64, 2048, 164 * 1024, 163 * 1024)
+ADA = Architecture("major: 8 minor: 9", 128, 1536, 100 * 1024, 99 * 1024)
+HOPPER = Architecture(
+    "major: 9 feature_extension: ACCELERATED_FEATURES", 128, 2048, 228 * 1024, 227 * 1024
+)
+BLACKWELL = HOPPER._replace(capability="major: 10 feature_extension: ACCELERATED_FEATURES")
+
+
+class Gpu(NamedTuple):
+    """A GPU model. `memory_bytes` is the total that a CUDA program reads from the driver."""
+
+    description: str
+    architecture: Architecture
+    multiprocessors: int
+    clock_ghz: float
+    l2_mib: int
+    gigabytes_per_second: float
+    memory_bytes: int
+
+
+GPUS: dict[str, Gpu] = {
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", AMPERE, 108, 1.41, 40, 1555.2, 42331013120),
+    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", AMPERE, 108, 1.41, 40, 2039.04, 85100068864),
+    "h100-80gb": Gpu("NVIDIA H100 80GB HBM3", HOPPER, 132, 1.98, 50, 3352.32, 84942979072),
+    "h200": Gpu("NVIDIA H200", HOPPER, 132, 1.98, 50, 4800.0, 151397597184),
+    "b200": Gpu("NVIDIA B200", BLACKWELL, 148, 1.965, 126, 7672.32, 191514411008),
+    "rtx-4090-24gb": Gpu("NVIDIA GeForce RTX 4090", ADA, 128, 2.52, 72, 1008.0, 24080 * MIB),
+    "rtx-4080-16gb": Gpu("NVIDIA GeForce RTX 4080", ADA, 76, 2.505, 64, 716.8, 16049 * MIB),
+    "rtx-4070-12gb": Gpu("NVIDIA GeForce RTX 4070", ADA, 46, 2.475, 36, 504.0, 12000 * MIB),
+    "rtx-4060-8gb": Gpu("NVIDIA GeForce RTX 4060", ADA, 24, 2.46, 24, 272.0, 7936 * MIB),
+}
+GPUS_PER_HOST = 8
+
+# JAX hands out this share of a card's memory at XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (its own
+# default is 0.75). The rest is for the CUDA context, NCCL and the kernels.
+GPU_USABLE_FRACTION = 0.95
+
+LOCAL = ("cpu", "local")
+EXAMPLES = "'tpu-v5e:16x16', '2*tpu-v5e:16x16', 'a100-80gb:8', 'cpu:8' or 'local'"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices to compile for, made by `parse_target`.
+
+    Attributes:
+      name: As given, such as `"a100-80gb:8"`.
+      chip: A key of the tables of TPUs or GPUs, `"cpu"` or `"local"`.
+      shape: Chips along each axis of a TPU slice, or `(count,)`; `()` is every local device.
+      slices: TPU slices, joined by the data-center network.
+    """
+
+    name: str = field(compare=False)
+    chip: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def platform(self) -> str | None:
+        """What JAX lowers for: `"tpu"` or `"cuda"`; None for local devices, which know it."""
+        return "tpu" if self.chip in TPUS else "cuda" if self.chip in GPUS else None
+
+    @property
+    def device_count(self) -> int:
+        """JAX devices: two for each chip of tpu7x, one for each of the others.
+
+        >>> parse_target("2*tpu-v5e:16x16").device_count
+        512
+        """
+        if not self.shape:
+            return len(jax.devices())
+        devices_per_chip = TPUS[self.chip].devices_per_chip if self.chip in TPUS else 1
+        return self.slices * math.prod(self.shape) * devices_per_chip
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Memory of a device that a program may use.
+
+        A TPU: what its compiler calls available, such as 15.75 of v5e's 16 GiB. A GPU: 0.95 of what
+        a CUDA program sees, which JAX hands out with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. A local
+        accelerator: the limit of its allocator. A local CPU: the physical memory, shared evenly.
+
+        >>> parse_target("tpu-v5e:4x4").capacity_bytes / 2**30
+        15.75
+        """
+        if self.chip in TPUS:
+            return TPUS[self.chip].usable_bytes
+        if self.chip in GPUS:
+            return int(GPU_USABLE_FRACTION * GPUS[self.chip].memory_bytes)
+        if stats := devices_of(self)[0].memory_stats():
+            return stats["bytes_limit"]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.device_count
+
+
+def parse_target(target: str | Target) -> Target:
+    """Reads the name of a target.
+
+    - TPU slices by their shape: `tpu-v5e:16x16`, `tpu-v4:2x2x1`, `tpu-v5p:8x8x8`, `tpu-v6e:2x4`,
+      `tpu7x:2x2x1`. Several slices: `2*tpu-v5e:16x16` (quote it in a shell). No shape: one chip.
+    - GPUs by their number: `a100-80gb:8`, `h200`, `rtx-4090-24gb:2`. More than 8 are hosts of 8.
+    - `cpu:8`: the first 8 CPU devices of this process; `cpu`: one; `local`: all of `jax.devices()`.
+
+    Raises:
+      ValueError: for an unknown chip, naming the nearest known ones; a shape that no slice has; a
+        number that no host has.
+
+    >>> parse_target("tpu-v5p:8x8x8")
+    Target(name='tpu-v5p:8x8x8', chip='tpu-v5p', shape=(8, 8, 8), slices=1)
+    >>> parse_target("a100-80g:8")
+    Traceback (most recent call last):
+    ValueError: unknown chip 'a100-80g' in target 'a100-80g:8'; did you mean a100-80gb, ...?
+    """
+    if isinstance(target, Target):
+        return target
+    pattern = r"(?:(\d+)\*)?([a-z][\w-]*)(?::(\d+(?:x\d+)*))?"
+    match = re.fullmatch(pattern, target.strip().lower())
+    if not match:
+        raise ValueError(f"target {target!r} is not of the form {EXAMPLES}")
+    slices, chip, shape = match[1] or "1", match[2], match[3]
+    known = (*TPUS, *GPUS, *LOCAL)
+    if chip not in known:
+        nearest = difflib.get_close_matches(chip, known, n=3, cutoff=0.4) or known
+        raise ValueError(
+            f"unknown chip {chip!r} in target {target!r}; did you mean {', '.join(nearest)}?"
+        )
+    sizes = tuple(int(size) for size in shape.split("x")) if shape else _one(chip)
+    _check_shape(target, chip, sizes, int(slices))
+    return Target(target, chip, sizes, int(slices))
+
+
+def _one(chip: str) -> tuple[int, ...]:
+    if chip == "local":
+        return ()
+    return (1,) * TPUS[chip].axes if chip in TPUS else (1,)
+
+
+def _check_shape(target: str, chip: str, shape: tuple[int, ...], slices: int) -> None:
+    if 0 in shape or slices == 0:
+        raise ValueError(f"target {target!r} has no devices; counts start at 1")
+    if chip in TPUS:
+        _check_slice(target, TPUS[chip], shape)
+        return
+    if slices > 1:
+        raise ValueError(f"target {target!r}: several slices are for TPUs; write '{chip}:COUNT'")
+    if len(shape) > 1:
+        raise ValueError(
+            f"target {target!r}: {chip} is counted, as in '{chip}:8', and has no shape"
+        )
+    if chip in GPUS and shape[0] > GPUS_PER_HOST and shape[0] % GPUS_PER_HOST:
+        raise ValueError(
+            f"target {target!r}: more than {GPUS_PER_HOST} GPUs are hosts of {GPUS_PER_HOST}, "
+            f"so give a multiple of {GPUS_PER_HOST}"
+        )
+
+
+def _check_slice(target: str, tpu: Tpu, shape: tuple[int, ...]) -> None:
+    if tpu.axes == 2:
+        valid = shape in SLICES_2D
+        choices = ", ".join("x".join(map(str, sizes)) for sizes in sorted(SLICES_2D))
+    else:
+        fours = len(shape) == 3 and all(size % 4 == 0 for size in shape)
+        valid = shape in SMALL_SLICES_3D or (fours and math.prod(shape) <= tpu.largest)
+        small = ", ".join("x".join(map(str, sizes)) for sizes in sorted(SMALL_SLICES_3D))
+        choices = f"{small}, and multiples of 4 on three axes up to {tpu.largest} chips"
+    if not valid:
+        raise ValueError(f"target {target!r} is no slice of {tpu.topology}; its shapes: {choices}")
+
+
+@functools.lru_cache
+def devices_of(target: Target) -> tuple[Any, ...]:
+    """The target's devices, absent (good for compiling only) or local.
+
+    The same objects each time, so that shardings made at different times go together.
+
+    Raises:
+      ImportError: if the compiler's package is missing.
+      ValueError: if this process has fewer local devices than asked for.
+    """
+    if target.chip in TPUS:
+        _require_tpu_compiler()
+        with compiler_environment():
+            return tuple(_tpu_topology(target).devices)
+    if target.chip in GPUS:
+        _require_gpu_compiler()
+        with compiler_environment():
+            return tuple(_gpu_topology(target).devices)
+    return _local_devices(target)
+
+
+def _tpu_topology(target: Target) -> topologies.TopologyDescription:
+    tpu = TPUS[target.chip]
+    single = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(target.shape) == 1 else {}
+    return topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=f"{tpu.topology}:{'x'.join(map(str, target.shape))}",
+        num_slices=target.slices,
+        **tpu.options,
+        **single,
+    )
+
+
+def _gpu_topology(target: Target) -> topologies.TopologyDescription:
+    (count,) = target.shape
+    hosts = max(1, count // GPUS_PER_HOST)
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=target.chip,
+            target_config=gpu_target_config(GPUS[target.chip]),
+            topology=f"1x{hosts}x{count // hosts}",
+        )
+    except NotImplementedError as error:
+        raise ImportError(
+            "JAX has looked for a GPU, found none, and dropped its CUDA compiler; set "
+            "JAX_PLATFORMS=cpu before Python starts"
+        ) from error
+
+
+def _local_devices(target: Target) -> tuple[Any, ...]:
+    devices = jax.devices("cpu") if target.chip == "cpu" else jax.devices()
+    (count,) = target.shape or (len(devices),)
+    if count > len(devices):
+        raise ValueError(
+            f"target {target.name!r} asks for {count} devices and this process has {len(devices)}; "
+            f"for CPUs, set JAX_NUM_CPU_DEVICES={count} before Python starts"
+        )
+    return tuple(devices[:count])
+
+
+def gpu_target_config(gpu: Gpu) -> str:
+    """XLA's description of a GPU, a text proto of `GpuTargetConfigProto`."""
+    architecture = gpu.architecture
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ {architecture.capability} }}
+          core_count: {gpu.multiprocessors}
+          fpus_per_core: {architecture.fpus}
+          threads_per_core_limit: {architecture.threads}
+          shared_memory_per_core: {architecture.shared_bytes}
+          shared_memory_per_block_optin: {architecture.shared_bytes_of_a_block}
+          shared_memory_per_block: 49152
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          clock_rate_ghz: {gpu.clock_ghz}
+          l2_cache_size: {gpu.l2_mib * MIB}
+          memory_bandwidth: {int(gpu.gigabytes_per_second * 1e9)}
+          device_memory_size: {gpu.memory_bytes}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+        device_description_str: "{gpu.description}"
+    """
+
+
+def _require_tpu_compiler() -> None:
+    if "TPU_LIBRARY_PATH" not in os.environ and not importlib.util.find_spec("libtpu"):
+        raise missing_compiler("TPUs", "libtpu")
+
+
+def _require_gpu_compiler() -> None:
+    try:
+        plugins = [importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (13, 12)]
+    except ModuleNotFoundError:
+        plugins = []
+    if not any(plugins):
+        raise missing_compiler("GPUs", "jax-cuda13-plugin")
+
+
+def missing_compiler(chips: str, package: str) -> ImportError:
+    """The error for a compiler that is not installed."""
+    return ImportError(
+        f"planning for {chips} needs their compiler, {package}, in the version that goes with "
+        f"jax {jax.__version__}: pip install 'apollo-optax[planning]'"
+    )
+
+
+@contextlib.contextmanager
+def compiler_environment() -> Iterator[None]:
+    """Lets the compilers start where their chips are not; then `os.environ` is as it was.
+
+    Without a TPU, libtpu would ask a metadata server where it is, and refuse a second process that
+    plans. Without a GPU, JAX would drop its CUDA plugin for want of cuDNN.
+    """
+    before = dict(os.environ)
+    for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
