@@ -1,11 +1,13 @@
 """Stochastic rounding: adds small updates to low-precision weights without bias."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from apollo_optax._paths import named_leaves, spell, stable_hash
+from apollo_optax._paths import Path, named_leaves, spell, stable_hash
 
 
 def stochastic_round(
@@ -72,23 +74,35 @@ def apply_updates_stochastic(params: PyTree, updates: PyTree, key: PRNGKeyArray)
     """
     named, treedef = named_leaves(params)
     given = treedef.flatten_up_to(updates)
-
-    def add(path: tuple[str, ...], param: Array, update: Array | None) -> Array:
-        if update is None:
-            return param
-        if np.shape(update) != param.shape:
-            raise ValueError(
-                f"The update of {spell(path)} has shape {np.shape(update)}, "
-                f"its parameter {param.shape}; they must be equal."
-            )
-        if param.dtype in (jnp.bfloat16, jnp.float16):
-            leaf_key = jax.random.fold_in(key, stable_hash(path))
-            return stochastic_round(leaf_key, param.astype(jnp.float32) + update, param.dtype)
-        if not jnp.issubdtype(param.dtype, jnp.floating):
-            raise TypeError(
-                f"{spell(path)} has dtype {param.dtype}; allowed are real floating dtypes."
-            )
-        return (param + update).astype(param.dtype)
-
-    added = [add(path, param, u) for (path, param), u in zip(named, given, strict=True)]
+    added = [
+        add_stochastically(path, param, update, key)
+        for (path, param), update in zip(named, given, strict=True)
+    ]
     return jax.tree.unflatten(treedef, added)
+
+
+def add_stochastically(path: Path, param: Array, update: Array | None, key: PRNGKeyArray) -> Array:
+    """Updates the parameter at `path` as `apply_updates_stochastic` does."""
+    if update is None:
+        return param
+    require_shape_of_parameter(path, update, param.shape)
+    if param.dtype in (jnp.bfloat16, jnp.float16):
+        wide = param.astype(jnp.float32) + update
+        return stochastic_round(leaf_key(key, path), wide, param.dtype)
+    if not jnp.issubdtype(param.dtype, jnp.floating):
+        raise TypeError(f"{spell(path)} has dtype {param.dtype}; allowed are real floating dtypes.")
+    return (param + update).astype(param.dtype)
+
+
+def leaf_key(key: PRNGKeyArray, path: Path) -> PRNGKeyArray:
+    """The key of the leaf at `path`, whatever other leaves there are."""
+    return jax.random.fold_in(key, stable_hash(path))
+
+
+def require_shape_of_parameter(path: Path, update: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the update of the parameter at `path` has its shape."""
+    if np.shape(update) != shape:
+        raise ValueError(
+            f"The update of {spell(path)} has shape {np.shape(update)}, "
+            f"its parameter {shape}; they must be equal."
+        )

@@ -1,0 +1,448 @@
+"""int8 weights in groups that share a scale, trained by stochastic rounding without a float copy.
+
+A quantized leaf is qwix's `QArray`: `qvalue` int8 in the weight's shape and `scale` float32, one
+for every group of up to 128 neighbours along the axis a matrix product contracts:
+
+    weight = qvalue * scale,  scale = largest magnitude in the group / 127
+
+A training step reads `dequantize(params)`, takes gradients for those floats, and writes what an
+Optax transformation makes of them back with `apply_updates`, leaf by leaf:
+
+    state = tx.init(jax.eval_shape(dequantize, params))
+    weights = dequantize(params)
+    updates, state = tx.update(jax.grad(loss)(weights), state, weights)
+    params = apply_updates(params, updates, key)
+
+One layer at a time, `layerwise.WeightFormat(dequantize, apply_updates)` does the same: a layer
+sliced out of a stacked `QArray` is a `QArray`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.lax import optimization_barrier
+from jaxtyping import Array, Float, Int8, PRNGKeyArray, PyTree
+
+from apollo_optax._arguments import require_one_of, require_positive_integer
+from apollo_optax._matrices import ApolloDimensionNumbers, transformer_dimension_numbers
+from apollo_optax._paths import Path, named_leaves, spell
+from apollo_optax._rounding import add_stochastically, leaf_key, require_shape_of_parameter
+
+try:
+    import qwix
+    from qwix import QArray
+except ImportError as error:
+    raise ImportError(
+        "apollo_optax.quantization needs qwix: pip install 'apollo-optax[quantization]'"
+    ) from error
+
+__all__ = [
+    "QArray",
+    "QuantizationRule",
+    "apply_updates",
+    "contracted_axes",
+    "dequantize",
+    "quantize",
+]
+
+Rounding: TypeAlias = Literal["stochastic", "nearest"]
+
+# -128 is not used: a group and its negative have the same steps.
+_LARGEST_STEP = 127
+_SMALLEST_SCALE = float(jnp.finfo(jnp.float32).tiny)
+# So that eager calls make no float copies either; inlined where they are compiled anyway.
+_compiled = functools.partial(jax.jit, inline=True)
+
+_INT8 = (jnp.int8, "int8")
+_VECTORS = ("b", "bias", "offset", "scale")
+
+
+def contracted_axes(params: PyTree) -> PyTree:
+    """Finds the axis that a matrix product contracts, by the names that Flax and Equinox give.
+
+    - Matrices (..., in, out), whatever their name: the input axis, -2. Axes before it are layers or
+      experts.
+    - `kernel` of DenseGeneral in attention: `query`, `key`, `value` (..., embed, heads, head_dim)
+      along embed; `out` (..., heads, head_dim, embed) along head_dim.
+    - `embedding` (vocabulary, embed) and Equinox's `weight` (out, in): the last axis. A token's row
+      has its scales to itself.
+    - None, to stay as they are: leaves with fewer than two axes, of no floating dtype or empty;
+      biases and norms, stacked over layers too, which are `bias`, `b`, `scale` and `offset`
+      anywhere, and everything under a name with "norm" in it.
+
+    Args:
+      params: Parameters, bare or boxed; arrays, ShapeDtypeStructs or QArrays.
+
+    Returns:
+      A tree of `params`' structure with a negative axis, or None for a leaf that is not quantized.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from apollo_optax.quantization import contracted_axes
+      >>> dense = {"kernel": jnp.zeros((12, 64, 256)), "bias": jnp.zeros((12, 256))}
+      >>> contracted_axes({"mlp": dense, "embed": {"embedding": jnp.zeros((1000, 64))}})
+      {'embed': {'embedding': -1}, 'mlp': {'bias': None, 'kernel': -2}}
+    """
+    named, treedef = named_leaves(params, is_leaf=_is_quantized)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in named]
+    specs = treedef.flatten_up_to(
+        transformer_dimension_numbers(treedef.unflatten(shapes), project_embeddings=True)
+    )
+    axes = [
+        _contracted_axis(path, leaf, spec) for (path, leaf), spec in zip(named, specs, strict=True)
+    ]
+    return treedef.unflatten(axes)
+
+
+def _contracted_axis(path: Path, leaf: Any, spec: ApolloDimensionNumbers | None) -> int | None:
+    *modules, name = path or ("",)
+    is_vector = name in _VECTORS or any("norm" in module.lower() for module in modules)
+    if leaf.ndim < 2 or is_vector or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return None
+    if 0 in leaf.shape:
+        return None
+    if name == "weight" or name.endswith("embedding"):
+        return -1
+    if spec is None:
+        return -2
+    reduction = spec.reduction_axis
+    return reduction if isinstance(reduction, int) else reduction[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationRule:
+    """Which leaves are quantized, and how.
+
+    Attributes:
+      group_size: Neighbours that share a scale, at most. An axis it does not divide is cut in
+        groups of its largest divisor below it; where that is less than a quarter of `group_size`
+        (a prime axis), the whole axis is one group.
+      axes: The axis along which each leaf is grouped: a tree of ints, None for a leaf that stays as
+        it is, or a function of the parameters that returns one. An entry may stand for a whole
+        subtree.
+
+    Raises:
+      TypeError: `group_size` is not an int.
+      ValueError: `group_size` is not positive.
+
+    Example:
+      Everything but the output head, in groups of 64:
+
+      >>> from apollo_optax.quantization import QuantizationRule, contracted_axes
+      >>> rule = QuantizationRule(64, lambda params: {**contracted_axes(params), "lm_head": None})
+    """
+
+    group_size: int = 128
+    axes: PyTree | Callable[[PyTree], PyTree] = contracted_axes
+
+    def __post_init__(self) -> None:
+        require_positive_integer("group_size", self.group_size)
+
+
+def quantize(params: PyTree, rule: QuantizationRule | None = None) -> PyTree:
+    """Rounds weights to int8, to nearest, with one scale a group.
+
+    A group's largest magnitude becomes ±127. A group of zeros stays zero and can grow again. A
+    group that holds NaN or infinity becomes NaN, all of it.
+
+    Args:
+      params: Parameters, bare or boxed. Leaves that are QArrays already stay as they are.
+      rule: Which leaves, in what groups; None means `QuantizationRule()`.
+
+    Returns:
+      `params` with a QArray in place of each leaf that the rule selects: `qvalue` int8 in the
+      leaf's shape; `scale` float32 in that shape but for the grouped axis, which has the number of
+      groups. No group crosses another axis, so that indexing both arrays on a leading axis of
+      layers gives the layer's QArray. 1.03 bytes a parameter in groups of 128.
+
+    Raises:
+      TypeError: The rule selects a leaf that is not real floating point.
+      ValueError: The rule's axes do not fit the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from apollo_optax.quantization import dequantize, quantize
+      >>> params = {"kernel": jnp.linspace(-1.0, 1.0, 512 * 8).reshape(512, 8), "bias": jnp.ones(8)}
+      >>> quantized = quantize(params)
+      >>> jax.tree.map(lambda a: (a.dtype.name, a.shape), quantized["kernel"].qvalue)
+      ('int8', (512, 8))
+    """
+    rule = rule or QuantizationRule()
+    named, treedef = named_leaves(params, is_leaf=_is_quantized)
+    axes = rule.axes(params) if callable(rule.axes) else rule.axes
+    placeholders = treedef.unflatten([0] * len(named))
+    each_axis = treedef.flatten_up_to(
+        jax.tree.broadcast(axes, placeholders, is_leaf=lambda node: node is None)
+    )
+    quantized = [
+        leaf if axis is None or _is_quantized(leaf) else _quantize_leaf(path, leaf, axis, rule)
+        for (path, leaf), axis in zip(named, each_axis, strict=True)
+    ]
+    return treedef.unflatten(quantized)
+
+
+def dequantize(params: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+    """Returns `qvalue * scale` for every quantized leaf: the floats that gradients are taken for.
+
+    Args:
+      params: Parameters, some of them QArrays.
+      dtype: Of the arrays that replace QArrays; None means the scale's, float32. Products are made
+        in the scale's dtype, then rounded.
+
+    Returns:
+      `params` with an array in place of each QArray, other leaves as they are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from apollo_optax.quantization import dequantize, quantize
+      >>> weights = jnp.asarray([[1.0, -0.5], [0.25, 0.5]])
+      >>> bool(abs(dequantize(quantize(weights)) - weights).max() <= 0.5 / 127)
+      True
+    """
+
+    def to_float(leaf: Any) -> Any:
+        if not _is_quantized(leaf):
+            return leaf
+        if leaf.zero_point is not None or leaf.qtype not in _INT8:
+            weights = qwix.dequantize(leaf)
+            return weights if dtype is None else weights.astype(dtype)
+        return _dequantize_leaf(leaf, dtype or leaf.scale.dtype)
+
+    return jax.tree.map(to_float, params, is_leaf=_is_quantized)
+
+
+def apply_updates(
+    params: PyTree, updates: PyTree, key: PRNGKeyArray, *, rounding: Rounding = "stochastic"
+) -> PyTree:
+    r"""Adds updates to parameters, rounding the sum stochastically.
+
+    For each group of a quantized leaf:
+
+    .. math::
+      w &= \text{qvalue} \cdot \text{scale} + \text{update} \quad \text{in float32} \\
+      \text{scale} &\leftarrow \max |w| / 127 \\
+      \text{qvalue} &\leftarrow \lfloor w / \text{scale} + u \rfloor, \quad u \sim U(0, 1)
+
+    so that `E[dequantize(result)] = w`. The scale follows from w alone, before the rounding, and
+    puts the largest weight on ±127 exactly: nothing is clipped, so nothing is biased, and the scale
+    does not wander. u has 16 bits, which leaves a bias of at most 2^-17 of a step, 2^-24 of the
+    group's largest weight: float32's own rounding of it.
+
+    - A group whose update is zero stays as it is, bit for bit.
+    - A group whose sum holds NaN or infinity becomes NaN, all of it, and stays NaN: a diverged step
+      is seen in the next loss.
+    - A group of zeros grows from its first update that is not zero. Steps are no finer than the
+      smallest normal float32, 1.2e-38.
+    - A large weight makes the steps of its own group large, no others.
+
+    Other leaves are those of `apollo_optax.apply_updates_stochastic`: bfloat16 and float16 rounded
+    stochastically, float32 added. There is no float copy of the parameters: compiled, a leaf's sum
+    is fused with its rounding.
+
+    Args:
+      params: Parameters, some of them QArrays.
+      updates: Updates of the structure and shapes of `dequantize(params)`, floating point; a None
+        leaves its parameters as they are.
+      key: PRNG key, a new one every step. Each leaf folds in its path, so other leaves do not
+        matter to it.
+      rounding: "nearest" rounds every leaf to nearest instead, which loses updates under half a
+        step: to compare with.
+
+    Returns:
+      Parameters of the same structure, shapes and dtypes.
+
+    Raises:
+      TypeError: A parameter of another dtype; a QArray of another kind than `quantize` makes; an
+        update that is a QArray.
+      ValueError: Updates of another structure or shape; another `rounding`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from apollo_optax.quantization import apply_updates, dequantize, quantize
+      >>> params = quantize({"kernel": jnp.ones((128, 100)).at[0].set(127.0)})
+      >>> moved = apply_updates(params, {"kernel": jnp.full((128, 100), 0.01)}, jax.random.key(0))
+      >>> bool(abs(dequantize(moved)["kernel"][1:].mean() - 1.01) < 0.005)
+      True
+    """
+    require_one_of("rounding", rounding, ("stochastic", "nearest"))
+    named, treedef = named_leaves(params, is_leaf=_is_quantized)
+    given = treedef.flatten_up_to(updates)
+
+    def add(path: Path, param: Any, update: Any) -> Any:
+        if update is None:
+            return param
+        if not _is_quantized(param):
+            if rounding == "stochastic":
+                return add_stochastically(path, param, update, key)
+            require_shape_of_parameter(path, update, param.shape)
+            return (param + update).astype(param.dtype)
+        _require_trainable(path, param, update)
+        return _add_to_quantized(
+            param, update, leaf_key(key, path) if rounding == "stochastic" else None
+        )
+
+    added = [add(path, param, u) for (path, param), u in zip(named, given, strict=True)]
+    return treedef.unflatten(added)
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, QArray)
+
+
+def _groups_along(size: int, group_size: int) -> int:
+    """How many equal groups an axis is cut in."""
+    divisor = max(d for d in range(1, min(size, group_size) + 1) if size % d == 0)
+    return size // divisor if 4 * divisor >= group_size else 1
+
+
+def _quantize_leaf(path: Path, leaf: Array, axis: int, rule: QuantizationRule) -> QArray:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"The rule quantizes {spell(path)}, which has dtype {leaf.dtype}; allowed are real "
+            f"floating dtypes. Give None as its axis to leave it as it is."
+        )
+    if not isinstance(axis, int):
+        raise TypeError(
+            f"The rule groups {spell(path)} along axis {axis!r} ({type(axis).__name__}); allowed "
+            f"are an int, and None to leave it as it is."
+        )
+    if not -leaf.ndim <= axis < leaf.ndim or 0 in leaf.shape:
+        raise ValueError(
+            f"The rule groups {spell(path)} along axis {axis!r}, which its shape {leaf.shape} does "
+            f"not have or leaves empty. Give another axis, or None to leave it as it is."
+        )
+    scale_shape = list(leaf.shape)
+    scale_shape[axis] = _groups_along(leaf.shape[axis], rule.group_size)
+    return _to_nearest(leaf, tuple(scale_shape))
+
+
+@functools.partial(_compiled, static_argnums=1)
+def _to_nearest(weights: Float[Array, "*leaf"], scale_shape: tuple[int, ...]) -> QArray:
+    split_shape, entry_axes = _split(weights.shape, scale_shape)
+    split = weights.astype(jnp.float32).reshape(split_shape)
+    scale = _scale_for(jnp.max(jnp.abs(split), axis=entry_axes, keepdims=True))
+    steps = _steps_of(split, scale, key=None)
+    return QArray(steps.reshape(weights.shape), scale.reshape(scale_shape))
+
+
+@functools.partial(_compiled, static_argnums=1)
+def _dequantize_leaf(leaf: QArray, dtype: jax.typing.DTypeLike) -> Float[Array, "*leaf"]:
+    split_shape, entry_axes = _split(leaf.shape, leaf.scale.shape)
+    # Between the barriers the product is one fusion. XLA's TPU compiler would write a scale for
+    # every weight to memory first, since it does not fuse across the reshapes.
+    steps, scale = optimization_barrier(
+        (leaf.qvalue.reshape(split_shape), jnp.expand_dims(leaf.scale, entry_axes))
+    )
+    weights = (steps.astype(scale.dtype) * scale).astype(dtype)
+    return optimization_barrier(weights).reshape(leaf.shape)
+
+
+def _split(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape that gives the entries of a group an axis of their own, and those axes."""
+    split_shape: list[int] = []
+    entry_axes = []
+    for size, groups in zip(shape, scale_shape, strict=True):
+        split_shape.append(groups)
+        if groups != size:
+            entry_axes.append(len(split_shape))
+            split_shape.append(size // groups)
+    return tuple(split_shape), tuple(entry_axes)
+
+
+def _scale_for(largest: Float[Array, "*groups"]) -> Float[Array, "*groups"]:
+    scale = jnp.maximum(largest / _LARGEST_STEP, _SMALLEST_SCALE)
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+
+
+def _steps_of(
+    weights: Float[Array, "*split"], scale: Float[Array, "*groups"], key: PRNGKeyArray | None
+) -> Int8[Array, "*split"]:
+    steps = weights / scale
+    steps = jnp.round(steps) if key is None else _round_stochastically(steps, key)
+    # Only the error of the divisions can lead beyond the largest step.
+    steps = jnp.clip(steps, -_LARGEST_STEP, _LARGEST_STEP)
+    return jnp.where(jnp.isnan(steps), 0, steps).astype(jnp.int8)
+
+
+@_compiled
+def _add_to_quantized(
+    param: QArray, update: Float[Array, "*leaf"], key: PRNGKeyArray | None
+) -> QArray:
+    """Adds to a quantized leaf; rounds to nearest without a key."""
+    split_shape, entry_axes = _split(param.shape, param.scale.shape)
+    operands = (
+        param.qvalue.reshape(split_shape),
+        jnp.expand_dims(param.scale, entry_axes),
+        update.reshape(split_shape),
+    )
+    # Between barriers each of two passes is one fusion that reads int8 and the update. XLA would
+    # keep the sum, 4 bytes a weight, from the first to the second.
+    operands = optimization_barrier(operands)
+    largest, largest_update = _largest_in_groups(
+        _sum(*operands), operands[2].astype(jnp.float32), entry_axes
+    )
+    operands, largest, largest_update = optimization_barrier((operands, largest, largest_update))
+    new_scale = _scale_for(largest)
+    new_steps = _steps_of(_sum(*operands), new_scale, key)
+    # A step times the scale, divided by the scale, need not be the step again.
+    is_still = largest_update == 0
+    steps = jnp.where(is_still, operands[0], new_steps)
+    scale = jnp.where(is_still, operands[1], new_scale)
+    return dataclasses.replace(
+        param, qvalue=steps.reshape(param.shape), scale=scale.reshape(param.scale.shape)
+    )
+
+
+def _largest_in_groups(
+    x: Float[Array, "*split"], y: Float[Array, "*split"], entry_axes: tuple[int, ...]
+) -> tuple[Float[Array, "*groups"], Float[Array, "*groups"]]:
+    """The largest magnitudes of each group of two arrays.
+
+    One reduction of both: XLA's GPU compiler would transpose the operand of a single one in memory.
+    """
+
+    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jax.lax.max(a[0], b[0]), jax.lax.max(a[1], b[1])
+
+    zero = jnp.zeros([], x.dtype)
+    largest = jax.lax.reduce((jnp.abs(x), jnp.abs(y)), (zero, zero), larger, entry_axes)
+    return jnp.expand_dims(largest[0], entry_axes), jnp.expand_dims(largest[1], entry_axes)
+
+
+def _sum(
+    steps: Int8[Array, "*split"], scale: Float[Array, "*groups"], update: Float[Array, "*split"]
+) -> Float[Array, "*split"]:
+    return steps.astype(jnp.float32) * scale + update.astype(jnp.float32)
+
+
+def _round_stochastically(
+    steps: Float[Array, "*split"], key: PRNGKeyArray
+) -> Float[Array, "*split"]:
+    lower = jnp.floor(steps)
+    # Half a unit keeps the thresholds centred, and whole steps where they are.
+    bits = jax.random.bits(key, steps.shape, jnp.uint16)
+    thresholds = (bits.astype(jnp.float32) + 0.5) * 2.0**-16
+    return lower + (steps - lower > thresholds)
+
+
+def _require_trainable(path: Path, param: QArray, update: Any) -> None:
+    is_int8 = param.qvalue.dtype == jnp.int8 and param.qtype in _INT8
+    if not is_int8 or param.scale.dtype != jnp.float32 or param.zero_point is not None:
+        zero_point = "no" if param.zero_point is None else "a"
+        raise TypeError(
+            f"{spell(path)} is a QArray of {jnp.dtype(param.qvalue.dtype)} with a scale of {param.scale.dtype} and "
+            f"{zero_point} zero point; allowed is int8 with a scale of float32 and no zero point, "
+            f"as `quantize` makes it."
+        )
+    if _is_quantized(update):
+        raise TypeError(
+            f"The update of {spell(path)} is a QArray; take gradients and updates for "
+            f"dequantize(params)."
+        )
+    require_shape_of_parameter(path, update, param.shape)
