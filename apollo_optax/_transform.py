@@ -390,8 +390,8 @@ def _norm_of(state: LimitNormGrowthState, path: Path) -> Array:
         return lookup(state.norm, path)
     except KeyError as error:
         raise ValueError(
-            f"The state has no norm for {spell(path)}: init made it for other parameters. Call init "
-            f"again or restore one that fits."
+            f"The state has no norm for {spell(path)}: init made it for other parameters. Call "
+            f"init again or restore one that fits."
         ) from error
 
 

@@ -351,6 +351,29 @@ def make_step(
     return step
 
 
+def make_loss(
+    model: LayerwiseModel, *, weights: WeightFormat = EXACT
+) -> Callable[[Params, Batch], Float[Array, ""]]:
+    """Returns the loss alone, `(params, batch) -> scalar`, to evaluate with.
+
+    Reads the weights one layer at a time, as the step does: no float copy of quantized ones exists.
+    """
+
+    def loss_of(params: Params, batch: Batch) -> Float[Array, ""]:
+        _require_form(params)
+        rest = weights.read(params["rest"])
+
+        def block(x: PyTree, layer: Params) -> tuple[PyTree, PyTree]:
+            out = model.block(weights.read(layer), x)
+            return out if model.has_aux else (out, ())
+
+        x, aux = jax.lax.scan(block, model.embed(rest, batch), params["blocks"])
+        aux = jax.tree.map(lambda a: jnp.sum(a, axis=0), aux)
+        return model.loss(rest, x, batch, *([aux] if model.has_aux else []))
+
+    return loss_of
+
+
 _Part: TypeAlias = tuple[Params, list[Any]]
 """Some of the parameters, and their shares of the mirrored trees of the optimizer state."""
 

@@ -197,6 +197,8 @@ PRESETS: dict[str, PaperSettings] = {
         sequences_per_batch=32,
         sequence_length=128,
         micro_batches=2,
+        warmup_fraction=0.3,
+        alpha_mini=4.0,
         dtype="float32",
     ),
     "60m": PaperSettings(steps=10_000, rank=128),
@@ -207,7 +209,8 @@ PRESETS: dict[str, PaperSettings] = {
 }
 """Settings by the name of the model: the paper's own where it reports a run, and for `nano` the
 same recipe cut down to 400 steps of 4,096 tokens, in micro-batches whose activations suit a CPU's
-caches better."""
+caches better. Its warm-up and alphas are the best of `benchmarks/results/nano_learning_rates.json`:
+so short a run needs more of it for warm-up."""
 
 
 def paper_settings(model_name: str) -> PaperSettings:

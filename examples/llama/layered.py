@@ -1,17 +1,30 @@
 """LLaMA as the three functions of a layer-wise step, whose parameters are blocks and the rest."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from apollo_optax import layerwise
+from apollo_optax import layerwise, quantization
 from examples.llama import model
 from examples.llama.config import LlamaConfig
+from examples.llama.train import Tokens, Training, TrainState
 
-__all__ = ["join_params", "layered_model", "mean_token_loss", "split_params"]
+__all__ = [
+    "join_params",
+    "layered_model",
+    "layered_training",
+    "mean_token_loss",
+    "split_params",
+    "weight_format",
+]
+
+
+_ATTENTION_BYTES = 2**27
 
 
 def split_params(params: model.Params) -> model.Params:
@@ -41,7 +54,8 @@ def layered_model(
       config: The model's shape.
       dtype: Dtype of the matrix products.
       tokens_at_once: Tokens whose logits exist at one time, where it divides a batch.
-      heads_at_once: Heads whose attention weights exist at one time; None for all.
+      heads_at_once: Heads whose attention weights exist at one time; None for as many as take
+        128 MiB a sequence.
 
     Returns:
       Functions of batches of tokens, int32 `(batch, sequence + 1)`.
@@ -55,8 +69,86 @@ def layered_model(
     ) -> Float[Array, ""]:
         return mean_token_loss(config, rest, x, tokens[:, 1:], tokens_at_once)
 
-    block = functools.partial(model.block, config, heads_at_once=heads_at_once)
+    def block(block_params: model.Params, x: model.Hidden) -> model.Hidden:
+        heads = heads_at_once or _heads_within(_ATTENTION_BYTES, config, x.shape[1])
+        return model.block(config, block_params, x, heads_at_once=heads)
+
     return layerwise.LayerwiseModel(embed, block, loss)
+
+
+def _heads_within(attention_bytes: int, config: LlamaConfig, sequence: int) -> int:
+    """The largest group of heads whose float32 attention weights take no more, at least one."""
+    groups = [
+        groups
+        for groups in range(1, config.num_kv_heads + 1)
+        if config.num_kv_heads % groups == 0
+        and config.num_heads // groups * sequence**2 * 4 <= attention_bytes
+    ]
+    return config.num_heads // min(groups, default=config.num_kv_heads)
+
+
+def weight_format(
+    weights: Literal["f32", "bf16", "int8"], *, dtype: DTypeLike
+) -> layerwise.WeightFormat:
+    """Returns how a layer-wise step reads and writes weights that are kept as `weights`.
+
+    float32 is added to; bfloat16 and int8 are rounded stochastically. int8 is read as `dtype`.
+    """
+    if weights == "f32":
+        return layerwise.EXACT
+    if weights == "bf16":
+        return layerwise.STOCHASTIC
+    read = functools.partial(quantization.dequantize, dtype=dtype)
+    return layerwise.WeightFormat(read, quantization.apply_updates)
+
+
+def layered_training(
+    config: LlamaConfig,
+    tx: optax.GradientTransformation,
+    *,
+    weights: Literal["f32", "bf16", "int8"],
+    dtype: DTypeLike,
+    seed: int = 0,
+) -> Training:
+    """Returns training layer by layer: no gradient of the whole model exists.
+
+    Args:
+      config: The model's shape.
+      tx: An optimizer that `layerwise.init` accepts; its moments have the dtypes it gives them for
+        weights as `weight_format` reads them.
+      weights: How the weights are kept; int8 in groups of 128.
+      dtype: Dtype of the matrix products.
+      seed: Seed of the stochastic rounding.
+
+    Returns:
+      Training whose parameters are those of `split_params`, the matrices quantized if int8.
+    """
+    layered = layered_model(config, dtype=dtype)
+    written = weight_format(weights, dtype=dtype)
+    step = layerwise.make_step(layered, tx, weights=written)
+
+    def init_state(params: model.Params) -> TrainState:
+        parts = split_params(params)
+        if weights == "int8":
+            parts = jax.jit(quantization.quantize)(parts)
+        return TrainState(
+            jnp.zeros([], jnp.int32), parts, layerwise.init(tx, parts, weights=written)
+        )
+
+    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Float[Array, ""]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        params, opt_state, loss = step(state.params, state.opt_state, tokens, key)
+        return TrainState(state.step + 1, params, opt_state), loss
+
+    def float_params(params: PyTree) -> model.Params:
+        return join_params(quantization.dequantize(params))
+
+    return Training(
+        init_state,
+        jax.jit(train_step, donate_argnums=0),
+        layerwise.make_loss(layered, weights=written),
+        float_params,
+    )
 
 
 def mean_token_loss(

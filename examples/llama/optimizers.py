@@ -27,14 +27,15 @@ OptimizerName = Literal["apollo", "apollo_mini", "adamw", "adafactor", "muon", "
 
 DEFAULT_LEARNING_RATES: dict[str, float] = {
     "apollo": 1e-2,
-    "apollo_mini": 1e-2,
-    "adamw": 1e-3,
+    "apollo_mini": 2e-2,
+    "adamw": 2e-3,
     "adafactor": 1e-2,
     "muon": 1e-2,
     "galore": 1e-2,
     "sgd": 1e-1,
 }
-"""Peak learning rates of `nano`."""
+"""Peak learning rates of `nano`: those of APOLLO, APOLLO-Mini and AdamW are the best of
+`benchmarks/results/nano_learning_rates.json`, the others a first guess."""
 
 DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
 """What each paper multiplies the updates of projected matrices by."""

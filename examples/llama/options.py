@@ -29,6 +29,7 @@ __all__ = [
 
 ModelName = Literal["nano", "9m", "20m", "60m", "130m", "350m", "1b", "3b", "7b", "13b"]
 Precision = Literal["f32", "bf16"]
+Weights = Literal["f32", "bf16", "int8"]
 
 # GaLore's own; the alphas of APOLLO are the paper's, by model.
 _GALORE_ALPHA = 0.25
@@ -47,7 +48,8 @@ class ModelOptions:
       name: Size of the LLaMA. Steps, batch, sequence, rank and alpha default to this model's.
       preset: The paper's learning rate and bf16 too, for the models the paper trains.
       load: Folder of a Hugging Face LLaMA to start from, instead of a new --model.
-      weights: Dtype of the weights; bf16 weights are rounded stochastically.
+      weights: Dtype of the weights; bf16 and int8 weights are rounded stochastically. int8, in
+        groups of 128, goes with --update layerwise.
       compute: Dtype of the matrix products.
       remat: Recompute activations in the backward pass: less memory, a third more time.
     """
@@ -55,8 +57,10 @@ class ModelOptions:
     name: Annotated[ModelName, tyro.conf.arg(name="model")] = "nano"
     preset: Literal["none", "paper"] = "none"
     load: Annotated[Path | None, _default("FOLDER", "none")] = None
-    weights: Annotated[Precision | None, _default("{f32,bf16}", "f32, or the preset's")] = None
-    compute: Annotated[Precision | None, _default("{f32,bf16}", "that of the weights")] = None
+    weights: Annotated[Weights | None, _default("{f32,bf16,int8}", "f32, or the preset's")] = None
+    compute: Annotated[
+        Precision | None, _default("{f32,bf16}", "that of the weights; bf16 for int8")
+    ] = None
     remat: bool = False
 
 
@@ -82,11 +86,11 @@ class OptimizerOptions:
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "apollo"
     compare: Annotated[str | None, _default("NAME,NAME,...", "none")] = None
     learning_rate: Annotated[float | None, _default("FLOAT", "the optimizer's own")] = None
-    warmup_fraction: Annotated[float | None, _default("FLOAT", "0.1")] = None
+    warmup_fraction: Annotated[float | None, _default("FLOAT", "0.1; nano: 0.3")] = None
     weight_decay: Annotated[float | None, _default("FLOAT", "0")] = None
     clip: float = 0.0
     rank: Annotated[int | None, _default("INT", "a quarter of the hidden size")] = None
-    alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128 and 1/4")] = None
+    alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 4, 1/4")] = None
     update_proj_gap: Annotated[int | None, _default("INT", "200")] = None
     project_embeddings: bool = False
 
@@ -101,6 +105,9 @@ class TrainingOptions:
       sequence: Tokens a sequence.
       micro_batches: Parts of a batch whose gradients are made one after another and added up: less
         memory, the same step.
+      update: layerwise makes and uses up the gradient of one layer at a time, so that none of the
+        whole model exists: far less memory, the same step. Without --clip and --micro-batches,
+        which need all gradients at once.
       evaluate_every: Steps between two evaluations; there is always one at the end.
       evaluation_batches: Batches of an evaluation, the same ones each time.
       seed: Seed of weights, data order, projections, stochastic rounding and text sample.
@@ -110,6 +117,7 @@ class TrainingOptions:
     batch: Annotated[int | None, _default("INT", "512; nano: 32")] = None
     sequence: Annotated[int | None, _default("INT", "256; nano: 128")] = None
     micro_batches: Annotated[int | None, _default("INT", "1; nano: 2")] = None
+    update: Literal["standard", "layerwise"] = "standard"
     evaluate_every: Annotated[int | None, _default("INT", "a tenth of the steps")] = None
     evaluation_batches: int = 10
     seed: int = 0
@@ -188,13 +196,14 @@ class RunSettings:
     Attributes:
       model: The model's shape.
       load: Folder the initial weights come from, or None.
-      weights: Dtype of the weights, "f32" or "bf16".
+      weights: Dtype of the weights, "f32", "bf16" or "int8".
       compute: Dtype of the matrix products, "f32" or "bf16".
       remat: Whether activations are recomputed.
       optimizer: The optimizer, with the number of steps.
       batch: Sequences a step.
       sequence: Tokens a sequence.
       micro_batches: Parts of a batch.
+      update: "standard" or "layerwise".
       seed: Seed of weights, data order, projections and rounding.
       data: What the text is, by name.
       text_digest: Digest of the training tokens, "" for a stream.
@@ -202,13 +211,14 @@ class RunSettings:
 
     model: LlamaConfig
     load: str | None
-    weights: Precision
+    weights: Weights
     compute: Precision
     remat: bool
     optimizer: OptimizerSettings
     batch: int
     sequence: int
     micro_batches: int
+    update: Literal["standard", "layerwise"]
     seed: int
     data: str
     text_digest: str = ""
@@ -221,6 +231,28 @@ class RunSettings:
             raise ValueError(
                 f"a batch of {self.batch} sequences cannot be divided in {self.micro_batches} "
                 "micro-batches of one size; choose --micro-batches that divides --batch"
+            )
+
+        if self.update == "standard" and self.weights == "int8":
+            raise ValueError("int8 weights are trained layer by layer; add --update layerwise")
+        if self.update == "layerwise":
+            self._check_layerwise()
+
+    def _check_layerwise(self) -> None:
+        needs_all_gradients = {
+            "--clip": (self.optimizer.clip != 0, "0; the limiter of apollo serves instead"),
+            "--micro-batches": (self.micro_batches > 1, "1, and a smaller --batch if need be"),
+        }
+        for flag, (given, instead) in needs_all_gradients.items():
+            if given:
+                raise ValueError(
+                    f"{flag} needs all gradients at once, --update layerwise has one layer's at a "
+                    f"time; choose {flag} {instead}"
+                )
+        if self.optimizer.name in ("galore", "adafactor"):
+            raise ValueError(
+                f"{self.optimizer.name} does not treat layers one by one, as --update layerwise "
+                f"does; choose another --optimizer, or --update standard"
             )
 
     @property
@@ -311,16 +343,23 @@ def resolve(
         model=model,
         load=None if config.model.load is None else str(config.model.load),
         weights=weights,
-        compute=config.model.compute or weights,
+        compute=config.model.compute or ("bf16" if weights == "int8" else weights),
         remat=config.model.remat,
         optimizer=_optimizer_settings(config, name, model, defaults),
         batch=_first(config.training.batch, defaults.sequences_per_batch),
         sequence=_first(config.training.sequence, defaults.sequence_length),
-        micro_batches=_first(config.training.micro_batches, defaults.micro_batches),
+        micro_batches=_micro_batches(config.training, defaults),
+        update=config.training.update,
         seed=config.training.seed,
         data=data,
         text_digest=text_digest,
     )
+
+
+def _micro_batches(training: TrainingOptions, defaults: PaperSettings) -> int:
+    if training.update == "layerwise":
+        return _first(training.micro_batches, 1)
+    return _first(training.micro_batches, defaults.micro_batches)
 
 
 def _optimizer_settings(

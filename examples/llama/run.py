@@ -29,6 +29,7 @@ from examples.llama.checkpoint import (
 )
 from examples.llama.generate import generate
 from examples.llama.huggingface import load_llama, save_llama
+from examples.llama.layered import layered_training
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
 from examples.llama.optimizers import learning_rate_schedule, make_optimizer
 from examples.llama.options import OutputOptions, RunSettings
@@ -40,6 +41,8 @@ from examples.llama.tokenizer import ByteTokenizer
 __all__ = ["Evaluation", "Run", "has_checkpoint", "prepare_evaluation", "read_result", "train_run"]
 
 _DTYPES: dict[str, DTypeLike] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+# What weights are before they are quantized.
+_FLOATS = _DTYPES | {"int8": jnp.float32}
 
 # Enough to keep the device busy, few enough for Ctrl-C to answer at once.
 _STEPS_IN_FLIGHT = 2
@@ -63,15 +66,13 @@ class Run(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The loss that runs of one model share, compiled once.
+    """The evaluation that runs of one model share, compiled once.
 
     Attributes:
-      loss: The loss as a function to be differentiated.
-      validation_loss: Mean loss of the validation batches, in nats, of parameters.
+      validation_loss: Mean loss of the validation batches, in nats, of a state's parameters.
       every: Steps between two evaluations.
     """
 
-    loss: train.LossFunction
     validation_loss: Callable[[model.Params], float]
     every: int
 
@@ -80,9 +81,25 @@ def prepare_evaluation(
     settings: RunSettings, batches: Sequence[np.ndarray], *, every: int
 ) -> Evaluation:
     """Returns the evaluation of a run, for all runs that differ from it in the optimizer only."""
-    loss = train.make_loss(settings.model, dtype=_DTYPES[settings.compute], remat=settings.remat)
-    compiled = jax.jit(loss)
-    return Evaluation(loss, lambda params: train.mean_loss(compiled, params, batches), every)
+    compiled = jax.jit(training(settings).loss)
+    return Evaluation(lambda params: train.mean_loss(compiled, params, batches), every)
+
+
+def training(settings: RunSettings) -> train.Training:
+    """Returns the way to train that the settings choose."""
+    tx, dtype = make_optimizer(settings.optimizer), _DTYPES[settings.compute]
+    if settings.update == "layerwise":
+        return layered_training(
+            settings.model, tx, weights=settings.weights, dtype=dtype, seed=settings.seed
+        )
+    return train.standard_training(
+        settings.model,
+        tx,
+        dtype=dtype,
+        remat=settings.remat,
+        micro_batches=settings.micro_batches,
+        seed=settings.seed,
+    )
 
 
 def has_checkpoint(run: Run) -> bool:
@@ -183,14 +200,14 @@ class _Start(NamedTuple):
 
 def _start(run: Run, text: Text, checkpoints: ocp.CheckpointManager) -> _Start:
     settings = run.settings
-    tx = make_optimizer(settings.optimizer)
+    init_state = training(settings).init_state
     batches = training_batches(text, settings)
     record = read_record(checkpoints) if run.resume else None
     if record is None:
         # Placed as a restored state is, so that both compile to the same step.
-        state = jax.device_put(train.init_state(tx, _initial_params(settings)), jax.devices()[0])
+        state = jax.device_put(init_state(_initial_params(settings)), jax.devices()[0])
         return _Start(state, batches, 0.0)
-    abstract_state = jax.eval_shape(lambda: train.init_state(tx, _new_params(settings)))
+    abstract_state = jax.eval_shape(lambda: init_state(_new_params(settings)))
     batches.set_state(record["batches"])
     return _Start(restore_state(checkpoints, abstract_state), batches, record["seconds"])
 
@@ -200,14 +217,14 @@ _init_params = jax.jit(model.init_params, static_argnames=("config", "param_dtyp
 
 
 def _new_params(settings: RunSettings) -> model.Params:
-    return _init_params(settings.model, settings.seed, param_dtype=_DTYPES[settings.weights])
+    return _init_params(settings.model, settings.seed, param_dtype=_FLOATS[settings.weights])
 
 
 def _initial_params(settings: RunSettings) -> model.Params:
     if settings.load is None:
         return _new_params(settings)
     _, params = load_llama(settings.load)
-    return jax.tree.map(lambda leaf: leaf.astype(_DTYPES[settings.weights]), params)
+    return jax.tree.map(lambda leaf: leaf.astype(_FLOATS[settings.weights]), params)
 
 
 class _Kept(NamedTuple):
@@ -219,17 +236,9 @@ class _Kept(NamedTuple):
     options: OutputOptions
 
 
-def _compile_step(
-    settings: RunSettings, state: train.TrainState, loss: train.LossFunction
-) -> jax.stages.Compiled:
-    train_step = train.make_train_step(
-        loss,
-        make_optimizer(settings.optimizer),
-        micro_batches=settings.micro_batches,
-        seed=settings.seed,
-    )
+def _compile_step(settings: RunSettings, state: train.TrainState) -> jax.stages.Compiled:
     tokens = jax.ShapeDtypeStruct((settings.batch, settings.sequence + 1), jnp.int32)
-    return train_step.lower(state, tokens).compile()
+    return training(settings).step.lower(state, tokens).compile()
 
 
 def _take_steps(
@@ -242,7 +251,7 @@ def _take_steps(
     """Takes the steps that are left; returns the state and the seconds of each step."""
     state, batches, steps = start.state, start.batches, settings.steps
     log_every = kept.options.log_every or min(100, max(1, steps // 50))
-    train_step = _compile_step(settings, state, evaluation.loss)
+    train_step = _compile_step(settings, state)
     step_metrics = _step_metrics(settings)
     losses: list[jax.Array] = []
     step_seconds: list[float] = []
@@ -311,8 +320,9 @@ def _result(
     settings = run.settings
     validation_loss = read_metrics(run.folder)[-1]["validation_loss"]
     is_bytes = isinstance(text.tokenizer, ByteTokenizer)
+    params = training(settings).float_params(state.params)
     if options.export is not None:
-        save_llama(options.export, settings.model, state.params)
+        save_llama(options.export, settings.model, params)
         text.tokenizer.save(options.export / "tokenizer.json")
     result = RunResult(
         optimizer=settings.optimizer.name,
@@ -324,7 +334,7 @@ def _result(
         state_bytes=tree_bytes(state.opt_state),
         parameter_bytes=tree_bytes(state.params),
         step_milliseconds=_step_milliseconds(run, step_seconds),
-        sample=_sample(settings, state.params, text, options),
+        sample=_sample(settings, params, text, options),
     )
     (run.folder / _RESULT).write_text(
         json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8"

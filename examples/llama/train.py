@@ -1,5 +1,6 @@
 """One optimizer step and the evaluation of a LLaMA, as pure jitted functions."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,15 @@ import apollo_optax
 from examples.llama import model
 from examples.llama.config import LlamaConfig
 
-__all__ = ["TrainState", "init_state", "make_loss", "make_train_step", "mean_loss"]
+__all__ = [
+    "TrainState",
+    "Training",
+    "init_state",
+    "make_loss",
+    "make_train_step",
+    "mean_loss",
+    "standard_training",
+]
 
 Tokens = Int32[Array, "batch sequence_and_next"]
 LossFunction = Callable[[model.Params, Any], Float[Array, ""]]
@@ -25,13 +34,45 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: Optimizer steps done, int32 scalar.
-      params: Parameters as `model.init_params` returns them, float32 or bfloat16.
-      opt_state: The optimizer's state, of float32 gradients.
+      params: The parameters, in the form that `Training` keeps them in.
+      opt_state: The optimizer's state.
     """
 
     step: Int32[Array, ""]
-    params: model.Params
+    params: PyTree
     opt_state: optax.OptState
+
+
+class Training(NamedTuple):
+    """A way to train: with a gradient of the whole model, or layer by layer.
+
+    Attributes:
+      init_state: Makes the state before the first step of `model.init_params`.
+      step: The jitted step, `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before
+        the step)`. It takes over the memory of the state it is given.
+      loss: `(state.params, tokens) -> float32 scalar`, to evaluate with.
+      float_params: Turns `state.params` into what `model.forward` takes.
+    """
+
+    init_state: Callable[[model.Params], TrainState]
+    step: jax.stages.Wrapped
+    loss: LossFunction
+    float_params: Callable[[PyTree], model.Params]
+
+
+def standard_training(
+    config: LlamaConfig,
+    tx: optax.GradientTransformation,
+    *,
+    dtype: DTypeLike,
+    remat: bool = False,
+    micro_batches: int = 1,
+    seed: int = 0,
+) -> Training:
+    """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`."""
+    loss = make_loss(config, dtype=dtype, remat=remat)
+    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed)
+    return Training(functools.partial(init_state, tx), step, loss, lambda params: params)
 
 
 def init_state(tx: optax.GradientTransformation, params: model.Params) -> TrainState:

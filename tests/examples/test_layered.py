@@ -5,8 +5,9 @@ import pytest
 
 from examples.llama import model
 from examples.llama.config import LlamaConfig
-from examples.llama.layered import join_params, layered_model, split_params
-from examples.llama.train import make_loss
+from examples.llama.layered import join_params, layered_model, layered_training, split_params
+from examples.llama.optimizers import OPTIMIZERS, OptimizerSettings, make_optimizer
+from examples.llama.train import make_loss, standard_training
 
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2
@@ -56,3 +57,44 @@ def test_logits_of_a_chunk_are_all_that_exists_at_one_time():
 def test_groups_that_split_key_and_value_heads_are_refused(heads_at_once):
     with pytest.raises(ValueError, match=f"heads_at_once is {heads_at_once}; it must divide the 4"):
         layered_loss(PARAMS, heads_at_once=heads_at_once)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIMIZERS if name not in ("adafactor", "galore")]
+)
+def test_layerwise_training_is_the_standard_training(name):
+    tx = make_optimizer(OptimizerSettings(name, 1e-3, total_steps=10, rank=4, weight_decay=0.1))
+    standard = standard_training(CONFIG, tx, dtype=jnp.float32)
+    layered = layered_training(CONFIG, tx, weights="f32", dtype=jnp.float32)
+    # Copies: the steps take over the memory of what they are given.
+    states = [kind.init_state(jax.tree.map(jnp.copy, PARAMS)) for kind in (standard, layered)]
+    for _ in range(3):
+        states[0], expected = standard.step(states[0], TOKENS)
+        states[1], actual = layered.step(states[1], TOKENS)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    params = layered.float_params(states[1].params)
+    if name in ("apollo", "apollo_mini"):
+        # The matrices of `blocks` have the same names, so the same projections.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, states[0].params
+        )
+    np.testing.assert_allclose(
+        layered.loss(states[1].params, TOKENS), standard.loss(states[0].params, TOKENS), rtol=1e-5
+    )
+
+
+def test_int8_weights_train_and_stay_int8():
+    tx = make_optimizer(
+        OptimizerSettings("apollo_mini", 0.01, total_steps=40, project_embeddings=True)
+    )
+    training = layered_training(CONFIG, tx, weights="int8", dtype=jnp.float32)
+    state = training.init_state(jax.tree.map(jnp.copy, PARAMS))
+    first = training.loss(state.params, TOKENS)
+    for _ in range(40):
+        state, loss = training.step(state, TOKENS)
+    assert loss < 0.9 * first
+    kernels = state.params["blocks"]["mlp"]
+    assert {leaf["kernel"].qvalue.dtype for leaf in kernels.values()} == {jnp.dtype(jnp.int8)}
+    floats = training.float_params(state.params)
+    expected = make_loss(CONFIG, dtype=jnp.float32, remat=False)(floats, TOKENS)
+    np.testing.assert_allclose(training.loss(state.params, TOKENS), expected, rtol=1e-5)

@@ -100,12 +100,13 @@ def test_wrong_comparisons_are_named(compare: str, named: str) -> None:
 
 @pytest.mark.parametrize("field", ["batch", "sequence", "micro_batches"])
 def test_sizes_below_one_are_named(field: str) -> None:
+    options: Any = {field: 0}
     with pytest.raises(ValueError, match=f"{field} is 0"):
-        resolved("apollo", training=TrainingOptions(**{field: 0}))
+        resolved("apollo", training=TrainingOptions(**options))
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch of 16 sequences .* 3 micro-batches"):
+    with pytest.raises(ValueError, match="batch of 32 sequences .* 3 micro-batches"):
         resolved("apollo", training=TrainingOptions(micro_batches=3))
 
 
@@ -126,3 +127,35 @@ def test_what_decides_no_numbers_is_checked_too(part: str, field: str, value: fl
     options = dataclasses.replace(getattr(config, part), **{field: value})
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is {value}"):
         check_options(dataclasses.replace(config, **{part: options}))
+
+
+def layerwise(**options: Any) -> TrainingOptions:
+    return dataclasses.replace(TrainingOptions(), update="layerwise", **options)
+
+
+def test_layerwise_updates_make_no_micro_batches_by_default() -> None:
+    assert resolved("apollo").micro_batches == 2
+    assert resolved("apollo", training=layerwise()).micro_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("apollo", {"training": layerwise(micro_batches=2)}, "--micro-batches needs all gradients"),
+        (
+            "apollo",
+            {"training": layerwise(), "optimizer": OptimizerOptions(clip=1.0)},
+            "--clip needs all gradients at once.*choose --clip 0; the limiter",
+        ),
+        ("galore", {"training": layerwise()}, "galore does not treat layers one by one"),
+    ],
+)
+def test_what_layerwise_updates_cannot_do_is_refused(name: Any, options: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        resolved(name, **options)
+
+
+def test_int8_weights_need_layerwise_updates() -> None:
+    config = PretrainConfig(model=ModelOptions(weights="int8"))
+    with pytest.raises(ValueError, match="int8 weights .*add --update layerwise"):
+        resolve(config, "apollo", MODELS["nano"], data="text", text_digest="")

@@ -15,8 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from apollo_optax import quantization
 from examples.llama.config import MODELS, LlamaConfig
 from examples.llama.huggingface import load_llama
+from examples.llama.layered import join_params
 from examples.llama.metrics import read_metrics
 from examples.llama.pretrain import main
 
@@ -96,6 +98,10 @@ def wrong_input(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) ->
 KINDS = {
     "apollo": ["--optimizer", "apollo", "--update-proj-gap", "2"],
     "adamw-bf16": ["--optimizer", "adamw", "--weights", "bf16", "--micro-batches", "2"],
+    "mini-int8": [
+        *("--optimizer", "apollo_mini", "--project-embeddings"),
+        *("--update", "layerwise", "--weights", "int8", "--compute", "f32"),
+    ],
 }
 
 
@@ -156,6 +162,21 @@ def test_a_killed_run_goes_on_as_if_uninterrupted(
     assert_same_run(folder, killed)
 
 
+def floats(params: Any) -> Any:
+    """The parameters of a checkpoint as floats, those of a layer-wise run joined."""
+
+    def is_quantized(node: Any) -> bool:
+        return isinstance(node, dict) and "qvalue" in node
+
+    def dequantized(node: Any) -> Any:
+        if not is_quantized(node):
+            return node
+        return quantization.dequantize(quantization.QArray(node["qvalue"], node["scale"]))
+
+    params = jax.tree.map(dequantized, params, is_leaf=is_quantized)
+    return join_params(params) if "rest" in params else params
+
+
 def test_a_finished_run_can_be_exported_later(
     finished: tuple[Path, list[str]], command: Command, tmp_path: Path
 ) -> None:
@@ -166,7 +187,7 @@ def test_a_finished_run_can_be_exported_later(
     assert code == 0
     assert "step 6/6" not in output
     _, params = load_llama(tmp_path / "model")
-    jax.tree.map(np.testing.assert_array_equal, checkpoint(folder)["params"], params)
+    jax.tree.map(np.testing.assert_array_equal, floats(checkpoint(folder)["params"]), params)
     assert metrics(folder) == before
     assert json.loads((folder / "result.json").read_text()) == result
 

@@ -25,8 +25,9 @@ def corpus(*, streamed: bool, train: Any = None) -> Corpus:
     return Corpus("small", stream, held_out)
 
 
-def settings(**sizes: int) -> RunSettings:
-    training = TrainingOptions(**({"batch": 2, "sequence": 8} | sizes))
+def settings(**sizes: Any) -> RunSettings:
+    options: dict[str, Any] = {"batch": 2, "sequence": 8} | sizes
+    training = TrainingOptions(**options)
     config = PretrainConfig(training=training)
     return resolve(config, "sgd", MODELS["nano"], data="small", text_digest="")
 

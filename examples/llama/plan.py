@@ -1,0 +1,215 @@
+"""Says what a training step of a LLaMA needs on chips that are not here: `--help` lists them."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from apollo_optax import planning
+from examples.llama import model
+from examples.llama.config import MODELS, PRESETS, parameter_count
+from examples.llama.layered import layered_training
+from examples.llama.optimizers import (
+    DEFAULT_LEARNING_RATES,
+    OptimizerName,
+    OptimizerSettings,
+    make_optimizer,
+)
+from examples.llama.options import ModelName, Weights
+from examples.llama.train import Training, standard_training
+
+__all__ = ["PlanConfig", "main", "plan_step"]
+
+_PROGRAM = "python -m examples.llama.plan"
+_WEIGHTS: dict[str, DTypeLike] = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.float32}
+_BYTES_A_WEIGHT = {"f32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 128}
+_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Compiles a training step for a chip, without the chip, and says what it needs of it.
+
+    Attributes:
+      model: Size of the LLaMA.
+      device: The chips, such as a100-80gb:8, rtx-4060-8gb, tpu-v5e:1x1, tpu-v5e:16x16 or local.
+      optimizer: APOLLO's, or one of Optax's.
+      weights: Dtype of the weights; int8 goes with --update layerwise.
+      update: layerwise makes and uses up the gradient of one layer at a time.
+      mesh: Axes of the device mesh and their sizes; data divides the batch.
+      batch: Sequences a device.
+      sequence: Tokens a sequence.
+      remat: Recompute activations in the backward pass; layerwise always does.
+      rank: Rows of the projection; for apollo and galore.
+      project_embeddings: Treat embedding and head as the other matrices, instead of training them
+        with Adam.
+      largest_batch: Find the largest batch a device that fits, too.
+      json: Print one JSON object.
+    """
+
+    model: ModelName = "7b"
+    device: str = "a100-80gb"
+    optimizer: OptimizerName = "apollo_mini"
+    weights: Weights = "bf16"
+    update: Literal["standard", "layerwise"] = "standard"
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="data=N")] = None
+    batch: int = 1
+    sequence: int = 256
+    remat: bool = False
+    rank: int | None = None
+    project_embeddings: bool = False
+    largest_batch: bool = False
+    json: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      argv: Its arguments; those of the process if None.
+
+    Returns:
+      The exit code: 0 whether or not the step fits, 2 for wrong input.
+    """
+    config = tyro.cli(PlanConfig, prog=_PROGRAM, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        report = _report(config)
+    except (ValueError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(json.dumps(report) if config.json else _readable(config, report))
+    return 0
+
+
+def _report(config: PlanConfig) -> dict[str, Any]:
+    plan = plan_step(config)
+    report = dataclasses.asdict(config) | plan.as_dict()
+    report["weight_bytes"] = round(
+        parameter_count(MODELS[config.model]) * _BYTES_A_WEIGHT[config.weights]
+    )
+    report["collective_bytes"] = plan.collective_bytes
+    if config.largest_batch:
+        report["largest_batch"] = _largest_batch(config)
+    return report
+
+
+def plan_step(config: PlanConfig) -> planning.Plan:
+    """Compiles the step.
+
+    Args:
+      config: What to plan.
+
+    Returns:
+      What it needs on a device.
+
+    Raises:
+      ValueError: If the device is unknown, the mesh does not match it, or the settings do not go
+        together.
+      ImportError: If the compiler of the device is not installed.
+    """
+    mesh = planning.mesh_for(config.device, _axis_sizes(config))
+    step, args = _step(config, mesh, config.batch)
+    return planning.compile_for(config.device, step, *args, donate_argnums=0, mesh=mesh)
+
+
+def _largest_batch(config: PlanConfig) -> int:
+    mesh = planning.mesh_for(config.device, _axis_sizes(config))
+
+    def build(batch: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _step(config, mesh, batch)
+
+    found = planning.largest_batch(config.device, build, donate_argnums=0, mesh=mesh)
+    return found.batch
+
+
+def _axis_sizes(config: PlanConfig) -> dict[str, int]:
+    """Reads `--mesh`; all devices divide the batch if it is left out.
+
+    >>> _axis_sizes(PlanConfig(mesh="data=8"))
+    {'data': 8}
+    """
+    if config.mesh is None:
+        return {"data": planning.parse_target(config.device).device_count}
+    sizes = {}
+    for entry in config.mesh.split(","):
+        name, _, size = entry.partition("=")
+        if name.strip() != "data" or not size.strip().isdigit():
+            raise ValueError(
+                f"--mesh has {entry!r}; allowed is data=N, which divides the batch among N devices"
+            )
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
+def _step(config: PlanConfig, mesh: Mesh, batch: int) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+    """The step and its arguments' shapes, for `batch` sequences a device."""
+    shape = MODELS[config.model]
+    training = _training(config)
+    params = jax.eval_shape(
+        lambda: model.init_params(shape, 0, param_dtype=_WEIGHTS[config.weights])
+    )
+    state = jax.eval_shape(training.init_state, params)
+    tokens = jax.ShapeDtypeStruct(
+        (batch * mesh.shape["data"], config.sequence + 1),
+        jnp.int32,
+        sharding=NamedSharding(mesh, PartitionSpec("data")),
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def on_every_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+
+    return training.step, (jax.tree.map(on_every_device, state), tokens)
+
+
+def _training(config: PlanConfig) -> Training:
+    shape = MODELS[config.model]
+    preset = PRESETS.get(config.model)
+    tx = make_optimizer(
+        OptimizerSettings(
+            config.optimizer,
+            DEFAULT_LEARNING_RATES[config.optimizer],
+            _STEPS,
+            rank=config.rank or (preset.rank if preset else max(1, shape.hidden_size // 4)),
+            project_embeddings=config.project_embeddings,
+        )
+    )
+    dtype = jnp.float32 if config.weights == "f32" else jnp.bfloat16
+    if config.update == "layerwise":
+        return layered_training(shape, tx, weights=config.weights, dtype=dtype)
+    if config.weights == "int8":
+        raise ValueError("int8 weights are trained layer by layer; add --update layerwise")
+    return standard_training(shape, tx, dtype=dtype, remat=config.remat)
+
+
+def _readable(config: PlanConfig, report: dict[str, Any]) -> str:
+    def gib(name: str) -> str:
+        value = report[name]
+        return "not told" if value is None else f"{value / 2**30:8.2f} GiB"
+
+    lines = [
+        f"LLaMA-{config.model}, {config.optimizer}, {config.weights} weights, {config.update} "
+        f"update, {config.batch} x {config.sequence} tokens a device on {config.device}",
+        "",
+        f"weights      {gib('weight_bytes')}",
+        f"arguments    {gib('argument_bytes')}   weights, optimizer state, batch",
+        f"temporaries  {gib('temporary_bytes')}   gradients, activations",
+        f"peak         {gib('peak_bytes')}",
+        f"capacity     {gib('capacity_bytes')}   {'fits' if report['fits'] else 'DOES NOT FIT'}",
+    ]
+    if report["collective_bytes"]:
+        lines.append(f"collectives  {gib('collective_bytes')}   a step")
+    if "largest_batch" in report:
+        lines.append(f"largest batch that fits: {report['largest_batch']} sequences a device")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
