@@ -198,7 +198,7 @@ PRESETS: dict[str, PaperSettings] = {
         sequence_length=128,
         micro_batches=2,
         warmup_fraction=0.3,
-        alpha_mini=4.0,
+        alpha_mini=2.8,
         dtype="float32",
     ),
     "60m": PaperSettings(steps=10_000, rank=128),

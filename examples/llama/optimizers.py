@@ -26,8 +26,8 @@ __all__ = [
 OptimizerName = Literal["apollo", "apollo_mini", "adamw", "adafactor", "muon", "galore", "sgd"]
 
 DEFAULT_LEARNING_RATES: dict[str, float] = {
-    "apollo": 1e-2,
-    "apollo_mini": 2e-2,
+    "apollo": 2e-2,
+    "apollo_mini": 4e-2,
     "adamw": 2e-3,
     "adafactor": 1e-2,
     "muon": 1e-2,

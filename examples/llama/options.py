@@ -90,7 +90,7 @@ class OptimizerOptions:
     weight_decay: Annotated[float | None, _default("FLOAT", "0")] = None
     clip: float = 0.0
     rank: Annotated[int | None, _default("INT", "a quarter of the hidden size")] = None
-    alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 4, 1/4")] = None
+    alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4")] = None
     update_proj_gap: Annotated[int | None, _default("INT", "200")] = None
     project_embeddings: bool = False
 
