@@ -160,7 +160,8 @@ def quantize(params: PyTree, rule: QuantizationRule | None = None) -> PyTree:
       layers gives the layer's QArray. 1.03 bytes a parameter in groups of 128.
 
     Raises:
-      TypeError: The rule selects a leaf that is not real floating point.
+      TypeError: The rule selects a leaf that is not real floating point, or gives an axis that is
+        not an int.
       ValueError: The rule's axes do not fit the parameters.
 
     Example:
@@ -434,11 +435,11 @@ def _round_stochastically(
 def _require_trainable(path: Path, param: QArray, update: Any) -> None:
     is_int8 = param.qvalue.dtype == jnp.int8 and param.qtype in _INT8
     if not is_int8 or param.scale.dtype != jnp.float32 or param.zero_point is not None:
+        given = f"{param.qvalue.dtype} with a scale of {param.scale.dtype}"
         zero_point = "no" if param.zero_point is None else "a"
         raise TypeError(
-            f"{spell(path)} is a QArray of {jnp.dtype(param.qvalue.dtype)} with a scale of {param.scale.dtype} and "
-            f"{zero_point} zero point; allowed is int8 with a scale of float32 and no zero point, "
-            f"as `quantize` makes it."
+            f"{spell(path)} is a QArray of {given} and {zero_point} zero point; allowed is int8 "
+            f"with a scale of float32 and no zero point, as `quantize` makes it."
         )
     if _is_quantized(update):
         raise TypeError(

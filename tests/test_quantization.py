@@ -1,6 +1,8 @@
-import builtins
 import functools
 import importlib
+import subprocess
+import sys
+from typing import Any
 
 import chex
 import jax
@@ -10,9 +12,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import qwix
+from flax import nnx
 
 import apollo_optax
-from apollo_optax import layerwise, quantization
+from apollo_optax import layerwise
 from apollo_optax.quantization import (
     QArray,
     QuantizationRule,
@@ -153,11 +156,16 @@ def test_products_are_those_of_qwix():
     [(128, 1), (4096, 32), (5461, 43), (688, 8), (12, 1), (257, 1), (262, 1), (160, 2)],
 )
 def test_odd_sizes_take_a_divisor_or_one_group(size, groups):
-    weights = normal((size, 2))
-    quantized = quantize(weights)
+    quantized = jax.eval_shape(quantize, jax.ShapeDtypeStruct((size, 2), jnp.float32))
     assert quantized.scale.shape == (groups, 2)
-    moved = samples(quantized, jnp.full((size, 2), 1e-5), 2)
-    assert np.all(np.abs(moved - np.asarray(weights)) <= 2 * steps(quantized))
+
+
+def test_odd_sizes_are_rounded_within_a_step():
+    params = {"three groups of 43": normal((129, 2)), "one group": normal((257, 2))}
+    quantized = quantize(params)
+    moved = apply_updates(quantized, jax.tree.map(jnp.zeros_like, params), jax.random.key(0))
+    for name, weights in params.items():
+        assert np.all(np.abs(dequantize(moved)[name] - weights) <= steps(quantized[name]))
 
 
 def test_rule_chooses_leaves_axes_and_sizes():
@@ -219,23 +227,26 @@ def test_a_checkpoint_stores_int8(tmp_path):
 # Updating
 
 
-@pytest.mark.parametrize("size", [1.0, 0.1, 1e-3])
-def test_expectation_is_the_sum(size):
-    params = quantize(normal((256, 16)))
-    update = jnp.asarray(size * steps(params), jnp.float32) * normal((256, 16), 1, 1.0)
+def test_expectation_is_the_sum():
+    params = quantize(normal((256, 24)))
+    # Updates of a step, a tenth and a thousandth of one, in columns of their own.
+    sizes = np.repeat([1.0, 0.1, 1e-3], 8)[None, :]
+    update = jnp.asarray(sizes * steps(params), jnp.float32) * normal((256, 24), 1, 1.0)
     number = 2000
     exact = float64_sum(params, update)
     error = samples(params, update, number).mean(0) - exact
-    step = np.abs(exact).reshape(2, 128, 16).max(1).repeat(128, 0) / 127
+    step = np.abs(exact).reshape(2, 128, 24).max(1).repeat(128, 0) / 127
     fraction = exact / step % 1
     variance = fraction * (1 - fraction) / number
     # Bernstein's bound of a mean of `number` draws between neighbouring steps, and 16 bits' bias.
     allowed = 6 * np.sqrt(variance) + 12 / number + 2.0**-16
     assert np.all(np.abs(error) <= allowed * step)
     # All weights together: neither the updates nor the weights are shortened or lengthened.
-    for direction in (np.sign(update), np.sign(exact)):
-        drift = np.mean(error / step * direction)
-        assert abs(drift) <= 5 * np.sqrt(variance.mean() / variance.size) + 2.0**-16
+    for columns in np.split(np.arange(24), 3):
+        for direction in (np.sign(update), np.sign(exact)):
+            drift = np.mean((error / step * direction)[:, columns])
+            noise = variance[:, columns]
+            assert abs(drift) <= 5 * np.sqrt(noise.mean() / noise.size) + 2.0**-16
 
 
 def test_largest_weights_are_unbiased_and_never_clipped():
@@ -300,7 +311,7 @@ def test_groups_without_an_update_stay_bit_for_bit():
         assert np.any(moved.scale[1] != params.scale[1])
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_groups_of_zeros_stay_zero_and_can_grow(size):
     params = quantize(jnp.zeros((256, 4)))
     np.testing.assert_array_equal(dequantize(params), 0)
@@ -320,7 +331,7 @@ def test_weights_below_the_smallest_scale_are_rounded_to_its_steps():
     assert mean == pytest.approx(3.25, abs=0.05)
 
 
-@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
 def test_what_is_not_finite_shows_in_its_group_and_stays(value):
     params = quantize(normal((256, 3)))
     update = jnp.full((256, 3), 1e-4).at[7, 1].set(value)
@@ -338,7 +349,7 @@ def test_what_is_not_finite_shows_in_its_group_and_stays(value):
 
 def test_leaves_that_are_not_quantized_are_those_of_apply_updates_stochastic():
     params = {"w": jnp.ones((8, 8), jnp.bfloat16), "b": jnp.ones(8), "frozen": jnp.ones(2)}
-    updates = {"w": jnp.full((8, 8), 1e-3), "b": jnp.full(8, 1e-3), "frozen": None}
+    updates: dict[str, Any] = {"w": jnp.full((8, 8), 1e-3), "b": jnp.full(8, 1e-3), "frozen": None}
     key = jax.random.key(0)
     mixed = apply_updates({**params, "q": quantize(normal((8, 8)))}, {**updates, "q": None}, key)
     expected = apollo_optax.apply_updates_stochastic(params, updates, key)
@@ -354,6 +365,20 @@ def test_other_leaves_do_not_matter_to_a_leaf():
     among = apply_updates({"a": leaf, "w": leaf}, {"a": update, "w": update}, key)
     chex.assert_trees_all_equal(alone["w"], among["w"])
     assert np.any(among["a"].qvalue != among["w"].qvalue)
+
+
+def test_parameters_of_flax_round_as_bare_ones():
+    boxed = nnx.state(nnx.Linear(128, 8, rngs=nnx.Rngs(0)))
+    key = jax.random.key(0)
+
+    def moved(params):
+        quantized = quantize(params)
+        updates = jax.tree.map(lambda w: 1e-3 * jnp.ones_like(w), dequantize(quantized))
+        return apply_updates(quantized, updates, key)
+
+    bare = moved(nnx.to_pure_dict(boxed))
+    assert isinstance(bare["kernel"], QArray)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(moved(boxed)), bare)
 
 
 def test_none_leaves_a_quantized_leaf_as_it_is():
@@ -459,7 +484,7 @@ def stacked_network():
 
 def test_layerwise_step_moves_int8_weights_as_the_ordinary_step():
     model, start = stacked_network()
-    params, tx, batch = quantize(start), optax.adam(0.01), normal((32, 8), 3, 1.0)
+    params, tx, batch = quantize(start), optax.sgd(10.0), normal((32, 8), 3, 1.0)
 
     def write(params, updates, key):
         return apply_updates(params, updates, key, rounding="nearest")
@@ -480,18 +505,16 @@ def test_layerwise_step_moves_int8_weights_as_the_ordinary_step():
 
 
 def test_without_qwix_the_import_says_what_to_install(monkeypatch):
-    real_import = builtins.__import__
-
-    def import_without_qwix(name, *args, **kwargs):
-        if name.split(".")[0] == "qwix":
-            raise ModuleNotFoundError("No module named 'qwix'", name="qwix")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", import_without_qwix)
-    spec = importlib.util.find_spec("apollo_optax.quantization")
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    monkeypatch.delitem(sys.modules, "apollo_optax.quantization")
     with pytest.raises(ImportError, match=r"pip install 'apollo-optax\[quantization\]'") as error:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        importlib.import_module("apollo_optax.quantization")
     assert isinstance(error.value.__cause__, ModuleNotFoundError)
+
+
+def test_the_core_does_not_import_qwix():
+    code = "import sys, apollo_optax; sys.exit('qwix' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Training
@@ -518,7 +541,7 @@ def network_loss(params, x, y):
     return jnp.mean((hidden @ params["out"]["kernel"] - y) ** 2)
 
 
-def trained_loss(params, write, number_of_steps=600):
+def trained_loss(params, write, number_of_steps=300):
     x, y = regression()
     tx = apollo_optax.apollo_mini(optax.cosine_decay_schedule(1e-3, number_of_steps), 50, scale=4.0)
 
@@ -541,7 +564,6 @@ def test_int8_weights_train_as_float_ones_with_stochastic_rounding_only():
     stochastic = trained_loss(quantize(start), apply_updates)
     nearest = trained_loss(quantize(start), functools.partial(apply_updates, rounding="nearest"))
     first = float(network_loss(start, *regression()))
-    print(first, exact, stochastic, nearest)
     assert exact < 0.1 * first
     assert stochastic < 1.5 * exact
     assert nearest > 2 * stochastic

@@ -209,8 +209,8 @@ PRESETS: dict[str, PaperSettings] = {
 }
 """Settings by the name of the model: the paper's own where it reports a run, and for `nano` the
 same recipe cut down to 400 steps of 4,096 tokens, in micro-batches whose activations suit a CPU's
-caches better. Its warm-up and alphas are the best of `benchmarks/results/nano_learning_rates.json`:
-so short a run needs more of it for warm-up."""
+caches better. Its warm-up and alphas are from `benchmarks/results/nano_learning_rates.json`: so
+short a run needs more of it for warm-up."""
 
 
 def paper_settings(model_name: str) -> PaperSettings:

@@ -34,7 +34,7 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
     "galore": 1e-2,
     "sgd": 1e-1,
 }
-"""Peak learning rates of `nano`: those of APOLLO, APOLLO-Mini and AdamW are the best of
+"""Peak learning rates of `nano`: those of AdamW, APOLLO and APOLLO-Mini are from
 `benchmarks/results/nano_learning_rates.json`, the others a first guess."""
 
 DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
