@@ -86,12 +86,36 @@ class _LeafState(NamedTuple):
 
 
 class _Settings(NamedTuple):
+    """The arguments of `scale_by_apollo`, checked."""
+
+    rank: int
+    update_proj_gap: int
     scale: ArrayLike
     granularity: Granularity
     b1: ArrayLike
     b2: ArrayLike
     eps: ArrayLike
     norm_growth_limit: ArrayLike | None
+    draw: Any
+    key: Any
+    mu_dtype: Any
+
+
+def _check_settings(settings: _Settings) -> None:
+    require_positive_integer("rank", settings.rank)
+    require_positive_integer("update_proj_gap", settings.update_proj_gap)
+    require_number("scale", settings.scale, above=0)
+    require_one_of("granularity", settings.granularity, ("channel", "tensor"))
+    require_number("b1", settings.b1, at_least=0, below=1)
+    require_number("b2", settings.b2, at_least=0, below=1)
+    require_number("eps", settings.eps, above=0)
+    if settings.norm_growth_limit is not None:
+        require_number("norm_growth_limit", settings.norm_growth_limit, above=1)
+    signature = "(key, refresh, rank, dim) -> float32 (rank, dim)"
+    require_callable("projection", settings.draw, signature)
+    require_key("key", settings.key)
+    if settings.mu_dtype is not None and not jnp.issubdtype(settings.mu_dtype, jnp.floating):
+        raise TypeError(f"mu_dtype must be None or a floating dtype, got {settings.mu_dtype!r}.")
 
 
 def _gather(count: Array, key: Array, leaves: dict[Path, _LeafState]) -> ScaleByApolloState:
@@ -131,6 +155,50 @@ def _require_real_floating(named: list[tuple[Path, Any]]) -> None:
 
 def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def _moment_shape(shape: tuple[int, ...], axes: MatrixAxes | None, rank: int) -> tuple[int, ...]:
+    return shape if axes is None else low_rank_shape(shape, axes, rank)
+
+
+def _init_leaf(leaf: Any, axes: MatrixAxes | None, settings: _Settings) -> _LeafState:
+    dtype, shape = _wide(leaf.dtype), _moment_shape(leaf.shape, axes, settings.rank)
+    moments = _LeafState(jnp.zeros(shape, settings.mu_dtype or dtype), jnp.zeros(shape, dtype))
+    if axes is None:
+        return moments
+    *batch_shape, capped_rank, dim = projection_shape(leaf.shape, axes, settings.rank)
+    moments = moments._replace(norm=jnp.zeros(batch_shape, dtype))
+    if settings.draw is svd:
+        kept = jnp.zeros((*batch_shape, capped_rank, dim), jnp.float32)
+        return moments._replace(projection=kept)
+    check_projection(settings.draw, capped_rank, dim)
+    return moments
+
+
+def _projection_of(
+    G: Array,
+    axes: MatrixAxes,
+    path: Path,
+    leaf: _LeafState,
+    state: ScaleByApolloState,
+    first: ArrayLike,
+    settings: _Settings,
+) -> Float[Array, "*batch rank dim"]:
+    """P of each matrix of a leaf at this step: redrawn, or the one kept by `svd`."""
+    *batch_shape, capped_rank, dim = projection_shape(G.shape, axes, settings.rank)
+    if leaf.projection is not None:
+        return jax.lax.cond(
+            state.count % settings.update_proj_gap == 0,
+            lambda G, _: svd(matrices_of(G, axes), capped_rank),
+            lambda _, P: P,
+            G,
+            leaf.projection,
+        )
+    leaf_key = jax.random.fold_in(wrap_like(state.key, settings.key), stable_hash(path))
+    refresh = state.count // settings.update_proj_gap
+    return draw_for_each_matrix(
+        settings.draw, leaf_key, refresh, tuple(batch_shape), first, capped_rank, dim
+    )
 
 
 def _update_moments(
@@ -283,38 +351,21 @@ def scale_by_apollo(
       >>> state[0].mu["kernel"].shape
       (8, 256)
     """
-    require_positive_integer("rank", rank)
-    require_positive_integer("update_proj_gap", update_proj_gap)
-    require_number("scale", scale, above=0)
-    require_one_of("granularity", granularity, ("channel", "tensor"))
-    require_number("b1", b1, at_least=0, below=1)
-    require_number("b2", b2, at_least=0, below=1)
-    require_number("eps", eps, above=0)
-    if norm_growth_limit is not None:
-        require_number("norm_growth_limit", norm_growth_limit, above=1)
     draw = gaussian if projection is None else projection
-    require_callable("projection", draw, "(key, refresh, rank, dim) -> float32 (rank, dim)")
-    require_key("key", key)
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
-    settings = _Settings(scale, granularity, b1, b2, eps, norm_growth_limit)
-
-    def moment_shape(shape: tuple[int, ...], axes: MatrixAxes | None) -> tuple[int, ...]:
-        return shape if axes is None else low_rank_shape(shape, axes, rank)
-
-    def init_leaf(leaf: Any, axes: MatrixAxes | None) -> _LeafState:
-        dtype, shape = _wide(leaf.dtype), moment_shape(leaf.shape, axes)
-        moments = _LeafState(jnp.zeros(shape, mu_dtype or dtype), jnp.zeros(shape, dtype))
-        if axes is None:
-            return moments
-        *batch_shape, capped_rank, dim = projection_shape(leaf.shape, axes, rank)
-        moments = moments._replace(norm=jnp.zeros(batch_shape, dtype))
-        if draw is svd:
-            return moments._replace(
-                projection=jnp.zeros((*batch_shape, capped_rank, dim), jnp.float32)
-            )
-        check_projection(draw, capped_rank, dim)
-        return moments
+    settings = _Settings(
+        rank,
+        update_proj_gap,
+        scale,
+        granularity,
+        b1,
+        b2,
+        eps,
+        norm_growth_limit,
+        draw,
+        key,
+        mu_dtype,
+    )
+    _check_settings(settings)
 
     def init(params: PyTree) -> ScaleByApolloState:
         count, key_array = jnp.zeros([], jnp.int32), key_data(key)
@@ -328,33 +379,8 @@ def scale_by_apollo(
         if weight_dimension_numbers is None:
             warn_of_unprojected_leaves(params)
         axes = axes_of_each_leaf(weight_dimension_numbers, params)
-        return _gather(
-            count, key_array, {path: init_leaf(leaf, axes[path]) for path, leaf in named}
-        )
-
-    def projection_of(
-        G: Array,
-        axes: MatrixAxes,
-        path: Path,
-        leaf: _LeafState,
-        state: ScaleByApolloState,
-        first: ArrayLike,
-    ) -> Float[Array, "*batch rank dim"]:
-        *batch_shape, capped_rank, dim = projection_shape(G.shape, axes, rank)
-        if leaf.projection is not None:
-            due = state.count % update_proj_gap == 0
-            return jax.lax.cond(
-                due,
-                lambda G, _: svd(matrices_of(G, axes), capped_rank),
-                lambda _, P: P,
-                G,
-                leaf.projection,
-            )
-        leaf_key = jax.random.fold_in(wrap_like(state.key, key), stable_hash(path))
-        refresh = state.count // update_proj_gap
-        return draw_for_each_matrix(
-            draw, leaf_key, refresh, tuple(batch_shape), first, capped_rank, dim
-        )
+        leaves = {path: _init_leaf(leaf, axes[path], settings) for path, leaf in named}
+        return _gather(count, key_array, leaves)
 
     def update(
         updates: PyTree,
@@ -372,11 +398,12 @@ def scale_by_apollo(
         axes = axes_of_each_leaf(weight_dimension_numbers, updates)
         scaled, leaves = [], {}
         for path, G in named:
-            leaf = _leaf_state(state, path, moment_shape(G.shape, axes[path]))
-            if (matrix := axes[path]) is None:
+            matrix = axes[path]
+            leaf = _leaf_state(state, path, _moment_shape(G.shape, matrix, rank))
+            if matrix is None:
                 u, leaves[path] = _update_adam(G, leaf, settings, count)
             else:
-                P = projection_of(G, matrix, path, leaf, state, first_layer)
+                P = _projection_of(G, matrix, path, leaf, state, first_layer, settings)
                 u, new_leaf = _update_matrix(G, P, matrix, leaf, settings, count)
                 leaves[path] = new_leaf._replace(projection=P if draw is svd else None)
             scaled.append(u)

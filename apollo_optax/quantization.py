@@ -357,8 +357,7 @@ def _split(
 
 
 def _scale_for(largest: Float[Array, "*groups"]) -> Float[Array, "*groups"]:
-    scale = jnp.maximum(largest / _LARGEST_STEP, _SMALLEST_SCALE)
-    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+    return jnp.maximum(largest / _LARGEST_STEP, _SMALLEST_SCALE)
 
 
 def _steps_of(
@@ -377,9 +376,12 @@ def _add_to_quantized(
 ) -> QArray:
     """Adds to a quantized leaf; rounds to nearest without a key."""
     split_shape, entry_axes = _split(param.shape, param.scale.shape)
+    # Nothing here starts before the update exists. XLA's TPU compiler would keep the copy of int8
+    # that it makes for the reshape in `dequantize`, until now.
+    qvalue, scale, update = optimization_barrier((param.qvalue, param.scale, update))
     operands = (
-        param.qvalue.reshape(split_shape),
-        jnp.expand_dims(param.scale, entry_axes),
+        qvalue.reshape(split_shape),
+        jnp.expand_dims(scale, entry_axes),
         update.reshape(split_shape),
     )
     # Between barriers each of two passes is one fusion that reads int8 and the update. XLA would
