@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(config: PlanConfig) -> dict[str, Any]:
     plan = plan_step(config)
-    report = dataclasses.asdict(config) | plan.as_dict()
+    asked = dataclasses.asdict(config)
+    del asked["json"], asked["largest_batch"]
+    report = asked | plan.as_dict()
     report["weight_bytes"] = round(
         parameter_count(MODELS[config.model]) * _BYTES_A_WEIGHT[config.weights]
     )
