@@ -22,10 +22,18 @@ OUTPUT = RESULTS / "nano_learning_rates.json"
 SEQUENCES, SEQUENCE_LENGTH, STEPS = 32, 128, 400
 EVALUATION_BATCHES = 32
 
-GRID: dict[optimizers.OptimizerName, list[tuple[float, float]]] = {
-    "adamw": [(learning_rate, 1.0) for learning_rate in (1e-3, 2e-3, 4e-3)],
-    "apollo": [(learning_rate, 1.0) for learning_rate in (5e-3, 1e-2, 2e-2)],
-    "apollo_mini": list(itertools.product((5e-3, 1e-2, 2e-2), (4.0, 8.0, 128**0.5))),
+# (learning rate, alpha, part of the steps for warm-up)
+GRID: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
+    "adamw": list(itertools.product((1e-3, 2e-3, 4e-3), (1.0,), (0.1, 0.3))),
+    "apollo": [
+        *((learning_rate, 1.0, 0.1) for learning_rate in (5e-3, 1e-2, 2e-2)),
+        *((learning_rate, 1.0, 0.3) for learning_rate in (1e-2, 2e-2)),
+    ],
+    "apollo_mini": [
+        *((5e-3, 8.0, 0.1), (1e-2, 8.0, 0.1), (1e-2, 4.0, 0.1), (2e-2, 4.0, 0.1), (2e-2, 8.0, 0.1)),
+        *((1e-2, 8.0, 0.3), (2e-2, 4.0, 0.3), (2e-2, 8.0, 0.3), (4e-2, 2.8, 0.3), (8e-2, 1.4, 0.3)),
+        (2e-2, 4.0, 0.5),
+    ],
 }
 
 
@@ -66,15 +74,16 @@ def main() -> None:
     options = parser.parse_args()
     grid = [(name, *setting) for name, settings in GRID.items() for setting in settings]
     if options.learning_rate is not None:
-        grid = [(options.optimizer, options.learning_rate, options.alpha)]
+        setting = (options.learning_rate, options.alpha, options.warmup_fraction)
+        grid = [(options.optimizer, *setting)]
     elif options.optimizer is not None:
         grid = [setting for setting in grid if setting[0] == options.optimizer]
-    for name, learning_rate, alpha in grid:
+    for name, learning_rate, alpha, warmup_fraction in grid:
         settings = optimizers.OptimizerSettings(
             name,
             learning_rate,
             options.steps,
-            options.warmup_fraction,
+            warmup_fraction,
             alpha=alpha,
             rank=MODELS["nano"].hidden_size // 4,
         )
