@@ -357,6 +357,7 @@ def make_loss(
     """Returns the loss alone, `(params, batch) -> scalar`, to evaluate with.
 
     Reads the weights one layer at a time, as the step does: no float copy of quantized ones exists.
+    What `model.loss` returns is returned, scalar or not: with a head in its place, logits.
     """
 
     def loss_of(params: Params, batch: Batch) -> Float[Array, ""]:

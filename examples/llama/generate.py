@@ -5,25 +5,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Int32, Integer
+from jaxtyping import Array, Int32, Integer, PyTree
 
-from examples.llama import model
-from examples.llama.config import LlamaConfig
+from examples.llama.train import LogitsFunction
 
 __all__ = ["generate"]
 
 
 def generate(
-    config: LlamaConfig,
-    params: model.Params,
+    logits_of: LogitsFunction,
+    params: PyTree,
     prompt: Integer[np.ndarray, " prompt"],
     *,
     length: int,
     window: int,
     temperature: float = 0.8,
     seed: int = 0,
-    dtype: DTypeLike = jnp.float32,
 ) -> Integer[np.ndarray, " length"]:
     """Continues a prompt, token by token.
 
@@ -31,14 +28,13 @@ def generate(
     loop. Nothing is cached between tokens: meant for a short sample after training.
 
     Args:
-      config: The model's shape.
-      params: Its parameters.
+      logits_of: `(params, int32 (1, window)) -> logits (1, window, vocab)`.
+      params: The model's parameters.
       prompt: Ids to continue, at least one.
       length: Ids to write.
       window: Ids the model looks back at; the sequence length it was trained with.
       temperature: Divides the logits before the draw; 0 takes the likeliest id each time.
       seed: Seed of the draws.
-      dtype: Dtype of the matrix products.
 
     Returns:
       The new ids, int32.
@@ -54,15 +50,15 @@ def generate(
     tokens = np.zeros(max(len(prompt) + length, window), np.int32)
     tokens[: len(prompt)] = prompt
     write = functools.partial(
-        _write, config, window=window, length=length, greedy=temperature == 0, dtype=dtype
+        _write, logits_of, window=window, length=length, greedy=temperature == 0
     )
     written = jax.jit(write)(params, tokens, len(prompt), temperature or 1.0, jax.random.key(seed))
     return np.asarray(written)[len(prompt) : len(prompt) + length]
 
 
 def _write(
-    config: LlamaConfig,
-    params: model.Params,
+    logits_of: LogitsFunction,
+    params: PyTree,
     tokens: Int32[Array, " total"],
     start: Int32[Array, ""],
     temperature: Array,
@@ -71,12 +67,11 @@ def _write(
     window: int,
     length: int,
     greedy: bool,
-    dtype: DTypeLike,
 ) -> Int32[Array, " total"]:
     def write_one(position: Array, tokens: Array) -> Array:
         first = jnp.maximum(position - window, 0)
         seen = jax.lax.dynamic_slice(tokens, (first,), (window,))
-        logits = model.forward(config, params, seen[None], dtype=dtype)[0, position - 1 - first]
+        logits = logits_of(params, seen[None])[0, position - 1 - first]
         if greedy:
             token = jnp.argmax(logits)
         else:

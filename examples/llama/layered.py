@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from apollo_optax import layerwise, quantization
 from examples.llama import model
 from examples.llama.config import LlamaConfig
-from examples.llama.train import Tokens, Training, TrainState
+from examples.llama.train import Tokens, Training, TrainState, unchanged
 
 __all__ = [
     "join_params",
@@ -88,18 +88,23 @@ def _heads_within(attention_bytes: int, config: LlamaConfig, sequence: int) -> i
 
 
 def weight_format(
-    weights: Literal["f32", "bf16", "int8"], *, dtype: DTypeLike
+    weights: Literal["f32", "bf16", "int8"],
+    *,
+    dtype: DTypeLike,
+    rounding: Literal["stochastic", "nearest"] = "stochastic",
 ) -> layerwise.WeightFormat:
     """Returns how a layer-wise step reads and writes weights that are kept as `weights`.
 
-    float32 is added to; bfloat16 and int8 are rounded stochastically. int8 is read as `dtype`.
+    float32 is added to; bfloat16 and int8 are rounded, stochastically unless for comparison. int8
+    is read as `dtype`.
     """
     if weights == "f32":
         return layerwise.EXACT
+    write = functools.partial(quantization.apply_updates, rounding=rounding)
     if weights == "bf16":
-        return layerwise.STOCHASTIC
+        return layerwise.EXACT._replace(write=write)
     read = functools.partial(quantization.dequantize, dtype=dtype)
-    return layerwise.WeightFormat(read, quantization.apply_updates)
+    return layerwise.WeightFormat(read, write)
 
 
 def layered_training(
@@ -109,6 +114,7 @@ def layered_training(
     weights: Literal["f32", "bf16", "int8"],
     dtype: DTypeLike,
     seed: int = 0,
+    rounding: Literal["stochastic", "nearest"] = "stochastic",
 ) -> Training:
     """Returns training layer by layer: no gradient of the whole model exists.
 
@@ -119,18 +125,18 @@ def layered_training(
       weights: How the weights are kept; int8 in groups of 128.
       dtype: Dtype of the matrix products.
       seed: Seed of the stochastic rounding.
+      rounding: Of bfloat16 and int8 weights; "nearest" loses small updates, and is there to compare
+        with.
 
     Returns:
       Training whose parameters are those of `split_params`, the matrices quantized if int8.
     """
     layered = layered_model(config, dtype=dtype)
-    written = weight_format(weights, dtype=dtype)
+    written = weight_format(weights, dtype=dtype, rounding=rounding)
     step = layerwise.make_step(layered, tx, weights=written)
 
     def init_state(params: model.Params) -> TrainState:
         parts = split_params(params)
-        if weights == "int8":
-            parts = jax.jit(quantization.quantize)(parts)
         return TrainState(
             jnp.zeros([], jnp.int32), parts, layerwise.init(tx, parts, weights=written)
         )
@@ -143,10 +149,21 @@ def layered_training(
     def float_params(params: PyTree) -> model.Params:
         return join_params(quantization.dequantize(params))
 
+    def logits(
+        params: PyTree, tokens: Int[Array, "batch sequence"]
+    ) -> Float[Array, "batch sequence vocab"]:
+        headed = layered._replace(
+            embed=lambda rest, tokens: model.embed(config, rest, tokens, dtype),
+            loss=lambda rest, x, _: model.logits(config, rest, x),
+        )
+        return layerwise.make_loss(headed, weights=written)(params, tokens)
+
     return Training(
+        quantization.quantize if weights == "int8" else unchanged,
         init_state,
         jax.jit(train_step, donate_argnums=0),
         layerwise.make_loss(layered, weights=written),
+        logits,
         float_params,
     )
 

@@ -228,15 +228,39 @@ class Llama(nnx.Module):
 
 
 def init_params(
-    config: LlamaConfig, seed: int | Int[Array, ""], *, param_dtype: DTypeLike = jnp.float32
+    config: LlamaConfig,
+    seed: int | Int[Array, ""],
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    convert: Callable[[Params], Params] = lambda params: params,
 ) -> Params:
     """Returns the initial parameters of `Llama` as a plain nested dict of arrays.
 
     The leaves of `params["blocks"]` are stacked over the layers; the other keys are `embed`, `norm`
     and `lm_head`. Pure, so it can be jitted, and `jax.eval_shape` gives the shapes of any model.
+
+    Args:
+      config: The model's shape.
+      seed: Of the draw.
+      param_dtype: Dtype of the parameters.
+      convert: Applied to one layer at a time and to the rest, such as a quantization. No more of
+        the blocks than a layer exists before it.
     """
-    model = Llama(config, param_dtype=param_dtype, rngs=nnx.Rngs(jax.random.key(seed)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    rngs = nnx.Rngs(jax.random.key(seed))
+
+    def pure(module: nnx.Module) -> Params:
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    def layer(key: Array) -> Params:
+        block = Block(config, param_dtype=param_dtype, dtype=param_dtype, rngs=nnx.Rngs(key))
+        return convert(pure(block))
+
+    # In the order in which `Llama` draws them, from the same keys.
+    embed = pure(_embedding(config, param_dtype, param_dtype, rngs))
+    blocks = jax.lax.map(layer, jax.random.split(rngs(), config.num_layers))
+    norm = pure(_norm(config, param_dtype, param_dtype, rngs))
+    head = pure(_head(config, param_dtype, param_dtype, rngs))
+    return {"blocks": blocks, **convert({"embed": embed, "norm": norm, "lm_head": head})}
 
 
 def embed(

@@ -25,7 +25,7 @@ from examples.llama.optimizers import (
 from examples.llama.options import ModelName, Weights
 from examples.llama.train import Training, standard_training
 
-__all__ = ["PlanConfig", "main", "plan_step"]
+__all__ = ["PlanConfig", "main", "plan_report", "plan_step"]
 
 _PROGRAM = "python -m examples.llama.plan"
 _WEIGHTS: dict[str, DTypeLike] = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.float32}
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = tyro.cli(PlanConfig, prog=_PROGRAM, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        report = _report(config)
+        report = plan_report(config)
     except (ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -88,7 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(config: PlanConfig) -> dict[str, Any]:
+def plan_report(config: PlanConfig) -> dict[str, Any]:
+    """Returns what `--json` prints: what was asked, the plan, and the bytes of the weights alone.
+
+    Raises as `plan_step` does.
+    """
     plan = plan_step(config)
     asked = dataclasses.asdict(config)
     del asked["json"], asked["largest_batch"]
@@ -155,7 +159,9 @@ def _step(config: PlanConfig, mesh: Mesh, batch: int) -> tuple[Callable[..., Any
     shape = MODELS[config.model]
     training = _training(config)
     params = jax.eval_shape(
-        lambda: model.init_params(shape, 0, param_dtype=_WEIGHTS[config.weights])
+        lambda: model.init_params(
+            shape, 0, param_dtype=_WEIGHTS[config.weights], convert=training.keep
+        )
     )
     state = jax.eval_shape(training.init_state, params)
     tokens = jax.ShapeDtypeStruct(

@@ -213,18 +213,26 @@ def _start(run: Run, text: Text, checkpoints: ocp.CheckpointManager) -> _Start:
 
 
 # One compilation for all runs of a model.
-_init_params = jax.jit(model.init_params, static_argnames=("config", "param_dtype"))
+_init_params = jax.jit(model.init_params, static_argnames=("config", "param_dtype", "convert"))
 
 
 def _new_params(settings: RunSettings) -> model.Params:
-    return _init_params(settings.model, settings.seed, param_dtype=_FLOATS[settings.weights])
+    return _init_params(
+        settings.model,
+        settings.seed,
+        param_dtype=_FLOATS[settings.weights],
+        convert=training(settings).keep,
+    )
 
 
 def _initial_params(settings: RunSettings) -> model.Params:
     if settings.load is None:
         return _new_params(settings)
-    _, params = load_llama(settings.load)
-    return jax.tree.map(lambda leaf: leaf.astype(_FLOATS[settings.weights]), params)
+    # In the host's memory: the float weights may not fit on the device.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        _, params = load_llama(settings.load)
+        params = jax.tree.map(lambda leaf: leaf.astype(_FLOATS[settings.weights]), params)
+        return training(settings).keep(params)
 
 
 class _Kept(NamedTuple):
@@ -320,9 +328,10 @@ def _result(
     settings = run.settings
     validation_loss = read_metrics(run.folder)[-1]["validation_loss"]
     is_bytes = isinstance(text.tokenizer, ByteTokenizer)
-    params = training(settings).float_params(state.params)
     if options.export is not None:
-        save_llama(options.export, settings.model, params)
+        # In the host's memory: the float weights may not fit on the device.
+        params = jax.device_put(state.params, jax.local_devices(backend="cpu")[0])
+        save_llama(options.export, settings.model, training(settings).float_params(params))
         text.tokenizer.save(options.export / "tokenizer.json")
     result = RunResult(
         optimizer=settings.optimizer.name,
@@ -334,7 +343,7 @@ def _result(
         state_bytes=tree_bytes(state.opt_state),
         parameter_bytes=tree_bytes(state.params),
         step_milliseconds=_step_milliseconds(run, step_seconds),
-        sample=_sample(settings, params, text, options),
+        sample=_sample(settings, state.params, text, options),
     )
     (run.folder / _RESULT).write_text(
         json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8"
@@ -349,19 +358,18 @@ def _step_milliseconds(run: Run, step_seconds: Sequence[float]) -> float | None:
     return finished_before.step_milliseconds if finished_before else None
 
 
-def _sample(settings: RunSettings, params: model.Params, text: Text, options: OutputOptions) -> str:
+def _sample(settings: RunSettings, params: Any, text: Text, options: OutputOptions) -> str:
     """Returns the beginning of the validation text as the model continues it."""
     if options.sample_length == 0:
         return ""
     beginning = text.validation[:_PROMPT_TOKENS]
     written = generate(
-        settings.model,
+        training(settings).logits,
         params,
         beginning,
         length=options.sample_length,
         window=settings.sequence,
         temperature=options.temperature,
         seed=settings.seed,
-        dtype=_DTYPES[settings.compute],
     )
     return text.tokenizer.decode(np.concatenate([beginning, written]))

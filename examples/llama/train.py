@@ -23,10 +23,12 @@ __all__ = [
     "make_train_step",
     "mean_loss",
     "standard_training",
+    "unchanged",
 ]
 
 Tokens = Int32[Array, "batch sequence_and_next"]
 LossFunction = Callable[[model.Params, Any], Float[Array, ""]]
+LogitsFunction = Callable[[PyTree, Int32[Array, "batch sequence"]], Float[Array, "..."]]
 
 
 class TrainState(NamedTuple):
@@ -47,16 +49,21 @@ class Training(NamedTuple):
     """A way to train: with a gradient of the whole model, or layer by layer.
 
     Attributes:
-      init_state: Makes the state before the first step of `model.init_params`.
+      keep: Turns float parameters, one layer's or all others', into the format they are trained
+        in; what `model.init_params` takes as `convert`.
+      init_state: Makes the state before the first step of the parameters that result.
       step: The jitted step, `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before
         the step)`. It takes over the memory of the state it is given.
       loss: `(state.params, tokens) -> float32 scalar`, to evaluate with.
+      logits: `(state.params, int32 (batch, sequence)) -> float32 (batch, sequence, vocab)`.
       float_params: Turns `state.params` into what `model.forward` takes.
     """
 
+    keep: Callable[[model.Params], model.Params]
     init_state: Callable[[model.Params], TrainState]
     step: jax.stages.Wrapped
     loss: LossFunction
+    logits: LogitsFunction
     float_params: Callable[[PyTree], model.Params]
 
 
@@ -72,7 +79,13 @@ def standard_training(
     """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`."""
     loss = make_loss(config, dtype=dtype, remat=remat)
     step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed)
-    return Training(functools.partial(init_state, tx), step, loss, lambda params: params)
+    logits = functools.partial(model.forward, config, dtype=dtype)
+    return Training(unchanged, functools.partial(init_state, tx), step, loss, logits, unchanged)
+
+
+def unchanged(params: model.Params) -> model.Params:
+    """Returns what it is given; the same function each time, for jit's sake."""
+    return params
 
 
 def init_state(tx: optax.GradientTransformation, params: model.Params) -> TrainState:

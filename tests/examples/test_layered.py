@@ -88,7 +88,7 @@ def test_int8_weights_train_and_stay_int8():
         OptimizerSettings("apollo_mini", 0.01, total_steps=40, project_embeddings=True)
     )
     training = layered_training(CONFIG, tx, weights="int8", dtype=jnp.float32)
-    state = training.init_state(jax.tree.map(jnp.copy, PARAMS))
+    state = training.init_state(model.init_params(CONFIG, 0, convert=training.keep))
     first = training.loss(state.params, TOKENS)
     for _ in range(40):
         state, loss = training.step(state, TOKENS)
@@ -98,3 +98,6 @@ def test_int8_weights_train_and_stay_int8():
     floats = training.float_params(state.params)
     expected = make_loss(CONFIG, dtype=jnp.float32, remat=False)(floats, TOKENS)
     np.testing.assert_allclose(training.loss(state.params, TOKENS), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        training.logits(state.params, TOKENS), model.forward(CONFIG, floats, TOKENS), atol=1e-5
+    )

@@ -91,6 +91,25 @@ def test_the_parameters_are_a_plain_dict_with_stacked_blocks(params):
     }
 
 
+def test_the_parameters_are_the_modules(params):
+    llama = nnx.jit(lambda: model.Llama(TINY, rngs=nnx.Rngs(jax.random.key(0))))()
+    own = nnx.to_pure_dict(nnx.state(llama, nnx.Param))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-8), params, own)
+
+
+def test_layers_are_converted_one_at_a_time():
+    shapes = []
+
+    def doubled(params):
+        shapes.append(jax.tree.map(jnp.shape, params))
+        return jax.tree.map(lambda leaf: 2 * leaf, params)
+
+    params = model.init_params(TINY, 0, convert=doubled)
+    assert shapes[0]["mlp"]["down_proj"]["kernel"] == (24, 16)
+    assert set(shapes[-1]) == {"embed", "norm", "lm_head"}
+    np.testing.assert_array_equal(params["blocks"]["mlp_norm"]["scale"], 2.0)
+
+
 def test_matrices_start_normal_and_norms_start_at_one(params):
     leaves = jax.tree.leaves_with_path(params)
     norms = [leaf.ravel() for path, leaf in leaves if path[-1].key == "scale"]
