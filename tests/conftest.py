@@ -1,6 +1,9 @@
 import jax
 import pytest
 
+# For what runs on meshes; everything else is on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 @pytest.fixture(autouse=True)
 def no_rank_promotion():

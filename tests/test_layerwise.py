@@ -1,4 +1,5 @@
 import functools
+import math
 from typing import Any
 
 import chex
@@ -7,9 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import apollo_optax
-from apollo_optax import ApolloDimensionNumbers, layerwise, transformer_dimension_numbers
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    layerwise,
+    planning,
+    transformer_dimension_numbers,
+)
 from examples.llama import model as llama
 from examples.llama.config import LlamaConfig
 
@@ -241,9 +249,14 @@ def test_layers_round_with_randomness_of_their_own():
     assert np.any(moved["blocks"][0] != moved["blocks"][1])
 
 
-def big_model_memory(tx, *, ordinary=False):
+def big_model_plan(tx, *, target="cpu", sizes=None, shard=None, ordinary=False, scale=1):
+    """What the step needs on a device; `shard` gives the specification of a leaf of a shape."""
     config = LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=512, num_layers=16, num_heads=2
+        vocab_size=256,
+        hidden_size=128 * scale,
+        intermediate_size=512 * scale,
+        num_layers=16,
+        num_heads=2,
     )
     model = layerwise.LayerwiseModel(
         embed=lambda rest, batch: llama.embed(config, rest, batch[:, :-1], jnp.float32),
@@ -255,22 +268,104 @@ def big_model_memory(tx, *, ordinary=False):
     params = jax.eval_shape(lambda: llama.init_params(config, 0))
     params = {"blocks": params.pop("blocks"), "rest": params}
     step = ordinary_step(model, tx) if ordinary else layerwise.make_step(model, tx)
-    batch = jax.ShapeDtypeStruct((1, 17), jnp.int32)
-    state = jax.eval_shape(tx.init, params)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    mesh = planning.mesh_for(target, sizes or {"data": 1})
+    devices = math.prod(mesh.shape.values())
+    batch = jax.ShapeDtypeStruct((devices, 17), jnp.int32, sharding=NamedSharding(mesh, P("data")))
+
+    def placed(leaf):
+        spec = shard(leaf.shape) if shard else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
+    params = jax.tree.map(placed, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    plan = planning.compile_for(
+        target,
+        step,
+        params,
+        state,
+        batch,
+        donate_argnums=(0, 1),
+        out_shardings=(*shardings, None),
+        mesh=mesh,
+    )
     block_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(params["blocks"]))
-    return compiled.memory_analysis(), block_bytes, config.num_layers
+    return plan, block_bytes, config.num_layers
+
+
+def assert_peak_is_one_blocks(target, name, **options):
+    plan, block_bytes, layers = big_model_plan(OPTIMIZERS[name](), target=target, **options)
+    assert plan.alias_bytes > block_bytes
+    # One block's weights, their gradient and its update, and activations smaller than a block.
+    assert plan.temporary_bytes < 5 * block_bytes / layers
+    ordinary, *_ = big_model_plan(OPTIMIZERS[name](), target=target, ordinary=True, **options)
+    assert ordinary.temporary_bytes > block_bytes
 
 
 @pytest.mark.parametrize("name", ["apollo_mini", "sgd"])
 def test_peak_has_no_second_copy_of_the_weights_and_no_gradient_of_many_blocks(name):
-    memory, block_bytes, layers = big_model_memory(OPTIMIZERS[name]())
-    one_block = block_bytes / layers
-    assert memory.alias_size_in_bytes > block_bytes
-    # One block's weights, their gradient and its update, and activations smaller than a block.
-    assert memory.temp_size_in_bytes < 5 * one_block
-    ordinary, *_ = big_model_memory(OPTIMIZERS[name](), ordinary=True)
-    assert ordinary.temp_size_in_bytes > block_bytes
+    assert_peak_is_one_blocks("cpu", name)
+
+
+@pytest.mark.planning
+@pytest.mark.parametrize("name", ["apollo", "apollo_mini", "adamw"])
+@pytest.mark.parametrize("target", ["a100-80gb", "tpu-v5e"])
+def test_peak_on_chips_has_no_second_copy_of_the_weights_and_no_gradient_of_many_blocks(
+    target, name
+):
+    assert_peak_is_one_blocks(target, name, scale=4)
+
+
+SHARDS = {
+    "data_parallel": lambda shape: P(),
+    # Over the last axis, which is never the layers'.
+    "fsdp": lambda shape: (
+        P(*[None] * (len(shape) - 1), "data") if shape and shape[-1] % 8 == 0 else P()
+    ),
+}
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_gradients_of_a_block_are_reduced_before_the_next_ones_exist(shard):
+    tx = OPTIMIZERS["apollo_mini"]()
+    options = {"target": "cpu:8", "sizes": {"data": 8}, "shard": SHARDS[shard]}
+    plan, block_bytes, layers = big_model_plan(tx, **options)
+    # No gradient waits for its reduction, and no more than a block's weights are gathered.
+    assert plan.temporary_bytes < 5 * block_bytes / layers
+    reduced = {
+        kind: plan.collectives[kind]
+        for kind in ("all-reduce", "reduce-scatter")
+        if kind in plan.collectives
+    }
+    assert sum(each.count for each in reduced.values()) >= layers
+    total = sum(each.bytes for each in reduced.values())
+    assert total < 1.2 * block_bytes
+    if shard == "data_parallel":  # with sharded weights XLA may reduce activations instead
+        assert total > block_bytes
+
+
+@pytest.mark.parametrize("name", ["apollo", "apollo_mini", "adamw"])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_sharded_over_devices_it_trains_as_on_one(shard, name):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx = OPTIMIZERS[name]()
+
+    def placed(tree):
+        def place(leaf):
+            return jax.device_put(leaf, NamedSharding(mesh, SHARDS[shard](leaf.shape)))
+
+        return jax.tree.map(place, tree)
+
+    params = llama_params()
+    rows = jax.device_put(
+        [jnp.concatenate([tokens(step), tokens(step + 100)]) for step in range(20)],
+        NamedSharding(mesh, P("data")),
+    )
+    step = jax.jit(layerwise.make_step(LLAMA, tx))
+    expected = trained(step, params, layerwise.init(tx, params), jax.device_get(rows))
+    params = placed(params)
+    actual = trained(step, params, placed(layerwise.init(tx, params)), rows)
+    chex.assert_trees_all_close(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
