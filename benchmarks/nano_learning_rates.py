@@ -10,17 +10,15 @@ options, all of `GRID`.
 import argparse
 import dataclasses
 import itertools
-import time
 
-import jax
-
+from benchmarks.nano import train_nano
 from benchmarks.rows import RESULTS, add_row, read_rows
-from examples.llama import corpus, data, model, optimizers, tokenizer, train
+from examples.llama import optimizers
 from examples.llama.config import MODELS
+from examples.llama.train import standard_training
 
 OUTPUT = RESULTS / "nano_learning_rates.json"
-SEQUENCES, SEQUENCE_LENGTH, STEPS = 32, 128, 400
-EVALUATION_BATCHES = 32
+STEPS = 400
 
 # (learning rate, alpha, part of the steps for warm-up)
 GRID: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
@@ -35,32 +33,6 @@ GRID: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
         (2e-2, 4.0, 0.5),
     ],
 }
-
-
-def train_once(settings: optimizers.OptimizerSettings) -> dict[str, float]:
-    """Trains `nano` with these settings; returns its validation loss in nats a byte."""
-    texts = corpus.load_corpus()
-    tokens = tokenizer.load_tokenizer("bytes")
-    batches = data.token_batches(
-        data.encode_documents(texts.train, tokens),
-        sequence_length=SEQUENCE_LENGTH,
-        batch_size=SEQUENCES,
-    )
-    held_out = data.evaluation_batches(
-        data.encode_documents(texts.validation, tokens),
-        sequence_length=SEQUENCE_LENGTH,
-        batch_size=SEQUENCES,
-        max_batches=EVALUATION_BATCHES,
-    )
-    loss = train.make_loss(MODELS["nano"], dtype="float32", remat=False)
-    tx = optimizers.make_optimizer(settings)
-    state = train.init_state(tx, jax.jit(lambda: model.init_params(MODELS["nano"], 0))())
-    step = train.make_train_step(loss, tx)
-    started = time.perf_counter()
-    for _ in range(settings.total_steps):
-        state, _ = step(state, next(batches)["tokens"])
-    validation = train.mean_loss(jax.jit(loss), state.params, (b["tokens"] for b in held_out))
-    return {"validation_loss": validation, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:
@@ -90,7 +62,9 @@ def main() -> None:
         row = dataclasses.asdict(settings)
         if any(row.items() <= done.items() for done in read_rows(OUTPUT)):
             continue
-        row |= train_once(settings)
+        tx = optimizers.make_optimizer(settings)
+        training = standard_training(MODELS["nano"], tx, dtype="float32")
+        row |= train_nano(training, options.steps)
         add_row(OUTPUT, "python -m benchmarks.nano_learning_rates", row)
         print(
             f"{name} {learning_rate:g} alpha {alpha:.3g}: {row['validation_loss']:.4f}", flush=True

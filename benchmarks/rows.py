@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "libtpu", "jax-cuda13-pjrt")
 
 Row = dict[str, Any]
 
@@ -24,7 +24,10 @@ def machine() -> dict[str, Any]:
             if line.startswith("model name"):
                 cpu = line.split(":", 1)[1].strip()
                 break
-    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
 

@@ -1,0 +1,52 @@
+"""Plans of training steps as rows of a result: what the compilers of absent chips say."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import Row, add_row, read_rows
+from examples.llama.plan import PlanConfig, plan_report
+
+GIB = 2**30
+
+
+def asked(config: PlanConfig) -> Row:
+    """What a row says of its question."""
+    row: dict[str, Any] = dataclasses.asdict(config)
+    del row["json"]
+    return row
+
+
+def find_row(rows: Iterable[Row], config: PlanConfig) -> Row | None:
+    """The row that answers `config`; None if there is none."""
+    return next((row for row in rows if asked(config).items() <= row.items()), None)
+
+
+def row_of(rows: Iterable[Row], config: PlanConfig) -> Row:
+    """The row that answers `config`.
+
+    Raises:
+      LookupError: If it was not planned yet.
+    """
+    row = find_row(rows, config)
+    if row is None:
+        raise LookupError(f"there is no row for {config}; run the benchmark")
+    return row
+
+
+def plan_missing(output: Path, command: str, configs: Iterable[PlanConfig]) -> None:
+    """Compiles what has no row in `output` yet, and adds it."""
+    for config in configs:
+        if find_row(read_rows(output), config) is not None:
+            continue
+        report = plan_report(config)
+        del report["loops"]
+        row = asked(config) | report
+        add_row(output, command, row)
+        print(
+            f"{config.model} {config.optimizer} {config.weights} {config.update} on "
+            f"{config.device}, {config.batch} x {config.sequence}: "
+            f"{row['peak_bytes'] / GIB:.2f} GiB",
+            flush=True,
+        )
