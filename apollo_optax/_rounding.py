@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apollo_optax._paths import Path, named_leaves, spell, stable_hash
+from apollo_optax._placement import call_on_automatic_axes
 
 
 def stochastic_round(
@@ -87,8 +88,11 @@ def add_stochastically(path: Path, param: Array, update: Array | None, key: PRNG
         return param
     require_shape_of_parameter(path, update, param.shape)
     if param.dtype in (jnp.bfloat16, jnp.float16):
-        wide = param.astype(jnp.float32) + update
-        return stochastic_round(leaf_key(key, path), wide, param.dtype)
+
+        def add(param: Array, update: Array, key: PRNGKeyArray) -> Array:
+            return stochastic_round(key, param.astype(jnp.float32) + update, param.dtype)
+
+        return call_on_automatic_axes(add, param, update, leaf_key(key, path), like=param)
     if not jnp.issubdtype(param.dtype, jnp.floating):
         raise TypeError(f"{spell(path)} has dtype {param.dtype}; allowed are real floating dtypes.")
     return (param + update).astype(param.dtype)

@@ -28,6 +28,12 @@ from apollo_optax._matrices import (
     warn_of_unprojected_leaves,
 )
 from apollo_optax._paths import Path, lookup, named_leaves, nest, spell, stable_hash
+from apollo_optax._placement import (
+    call_on_automatic_axes,
+    matrices_placement,
+    moments_placement,
+    placement_of,
+)
 from apollo_optax._projection import (
     Projection,
     check_projection,
@@ -163,16 +169,37 @@ def _moment_shape(shape: tuple[int, ...], axes: MatrixAxes | None, rank: int) ->
 
 def _init_leaf(leaf: Any, axes: MatrixAxes | None, settings: _Settings) -> _LeafState:
     dtype, shape = _wide(leaf.dtype), _moment_shape(leaf.shape, axes, settings.rank)
-    moments = _LeafState(jnp.zeros(shape, settings.mu_dtype or dtype), jnp.zeros(shape, dtype))
+    on_mesh = placement_of(leaf)
+    device = moments_placement(on_mesh, leaf.shape, axes)
+    moments = _LeafState(
+        jnp.zeros(shape, settings.mu_dtype or dtype, device=device),
+        jnp.zeros(shape, dtype, device=device),
+    )
     if axes is None:
         return moments
     *batch_shape, capped_rank, dim = projection_shape(leaf.shape, axes, settings.rank)
-    moments = moments._replace(norm=jnp.zeros(batch_shape, dtype))
+    device = matrices_placement(on_mesh, leaf.shape, axes)
+    moments = moments._replace(norm=jnp.zeros(batch_shape, dtype, device=device))
     if settings.draw is svd:
-        kept = jnp.zeros((*batch_shape, capped_rank, dim), jnp.float32)
+        device = matrices_placement(on_mesh, leaf.shape, axes, whole=2)
+        kept = jnp.zeros((*batch_shape, capped_rank, dim), jnp.float32, device=device)
         return moments._replace(projection=kept)
     check_projection(settings.draw, capped_rank, dim)
     return moments
+
+
+class _Clock(NamedTuple):
+    """What a step's projections are drawn from.
+
+    Attributes:
+      count: Steps taken before this one.
+      key: Data of the key of all projections.
+      first: Where slices of stacked leaves start on their leading batch axis.
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # tuple has a method of this name
+    key: UInt32[Array, "..."]
+    first: ArrayLike
 
 
 def _projection_of(
@@ -180,24 +207,23 @@ def _projection_of(
     axes: MatrixAxes,
     path: Path,
     leaf: _LeafState,
-    state: ScaleByApolloState,
-    first: ArrayLike,
+    clock: _Clock,
     settings: _Settings,
 ) -> Float[Array, "*batch rank dim"]:
     """P of each matrix of a leaf at this step: redrawn, or the one kept by `svd`."""
     *batch_shape, capped_rank, dim = projection_shape(G.shape, axes, settings.rank)
     if leaf.projection is not None:
         return jax.lax.cond(
-            state.count % settings.update_proj_gap == 0,
+            clock.count % settings.update_proj_gap == 0,
             lambda G, _: svd(matrices_of(G, axes), capped_rank),
             lambda _, P: P,
             G,
             leaf.projection,
         )
-    leaf_key = jax.random.fold_in(wrap_like(state.key, settings.key), stable_hash(path))
-    refresh = state.count // settings.update_proj_gap
+    leaf_key = jax.random.fold_in(wrap_like(clock.key, settings.key), stable_hash(path))
+    refresh = clock.count // settings.update_proj_gap
     return draw_for_each_matrix(
-        settings.draw, leaf_key, refresh, tuple(batch_shape), first, capped_rank, dim
+        settings.draw, leaf_key, refresh, tuple(batch_shape), clock.first, capped_rank, dim
     )
 
 
@@ -247,6 +273,32 @@ def _update_matrix(
     factor = scaling * jnp.expand_dims(per_matrix, channel_axes)
     update = G * broadcast_to_leaf(factor, axes)
     return update.astype(G.dtype), _LeafState(mu.astype(state.mu.dtype), nu, remembered)
+
+
+def _update_leaf(
+    G: Array,
+    axes: MatrixAxes | None,
+    path: Path,
+    leaf: _LeafState,
+    clock: _Clock,
+    settings: _Settings,
+) -> tuple[Array, _LeafState]:
+    def update(
+        G: Array, leaf: _LeafState, clock: _Clock, injected: dict[str, Any]
+    ) -> tuple[Array, _LeafState]:
+        known, count = settings._replace(**injected), optax.safe_increment(clock.count)
+        if axes is None:
+            return _update_adam(G, leaf, known, count)
+        P = _projection_of(G, axes, path, leaf, clock, known)
+        u, updated = _update_matrix(G, P, axes, leaf, known, count)
+        return u, updated._replace(projection=None if leaf.projection is None else P)
+
+    injected = {
+        name: value
+        for name, value in settings._asdict().items()
+        if isinstance(value, jax.Array) and name != "key"
+    }
+    return call_on_automatic_axes(update, G, leaf, clock, injected, like=(G, leaf))
 
 
 def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
@@ -396,16 +448,11 @@ def scale_by_apollo(
         if not named:
             return updates, state._replace(count=count)
         axes = axes_of_each_leaf(weight_dimension_numbers, updates)
+        clock = _Clock(state.count, state.key, first_layer)
         scaled, leaves = [], {}
         for path, G in named:
-            matrix = axes[path]
-            leaf = _leaf_state(state, path, _moment_shape(G.shape, matrix, rank))
-            if matrix is None:
-                u, leaves[path] = _update_adam(G, leaf, settings, count)
-            else:
-                P = _projection_of(G, matrix, path, leaf, state, first_layer, settings)
-                u, new_leaf = _update_matrix(G, P, matrix, leaf, settings, count)
-                leaves[path] = new_leaf._replace(projection=P if draw is svd else None)
+            leaf = _leaf_state(state, path, _moment_shape(G.shape, axes[path], rank))
+            u, leaves[path] = _update_leaf(G, axes[path], path, leaf, clock, settings)
             scaled.append(u)
         return jax.tree.unflatten(treedef, scaled), _gather(count, state.key, leaves)
 

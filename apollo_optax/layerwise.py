@@ -24,6 +24,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from apollo_optax._paths import Path, named_leaves, spell
+from apollo_optax._placement import placement_of, result_shardings
 from apollo_optax._rounding import apply_updates_stochastic
 
 Batch: TypeAlias = Any
@@ -174,7 +175,8 @@ def init(
       weights: The format of the weights.
 
     Returns:
-      `tx.init` of the parameters as `weights.read` gives them.
+      `tx.init` of the parameters as `weights.read` gives them; with parameters on a mesh, sharded
+      as `sharding.state_shardings` has it.
 
     Raises:
       ValueError: Parameters of another form; a transformation that needs all gradients at once, or
@@ -184,8 +186,15 @@ def init(
     shapes = jax.eval_shape(weights.read, params)
     check_per_leaf(tx, shapes)
     _check_layers_of_state(tx, shapes)
+
+    def init_state(params: Params) -> optax.OptState:
+        return tx.init(weights.read(params))
+
+    placed = jax.tree.map(placement_of, params)
+    on_mesh = len(jax.tree.leaves(placed)) == len(jax.tree.leaves(params))
+    shardings = result_shardings(init_state, params, placed) if on_mesh else None
     # Compiled, so that no float copy of quantized weights is made for the sake of its shapes.
-    return jax.jit(lambda params: tx.init(weights.read(params)))(params)
+    return jax.jit(init_state, out_shardings=shardings)(params)
 
 
 def _require_form(params: Params) -> None:

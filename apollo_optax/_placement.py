@@ -1,0 +1,122 @@
+"""Where a leaf lies on a mesh, and where its share of the optimizer state belongs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from apollo_optax._matrices import MatrixAxes
+
+
+def placement_of(leaf: Any) -> NamedSharding | None:
+    """The mesh sharding of an array or ShapeDtypeStruct; while traced, that in its type.
+
+    None where it has none, or only the compiler will know (traced over automatic axes).
+    """
+    if isinstance(leaf, jax.core.Tracer):
+        return explicit_sharding(leaf)
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def explicit_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding in an array's type; None if no axis of its mesh is explicit."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def moments_placement(
+    sharding: NamedSharding | None, shape: tuple[int, ...], axes: MatrixAxes | None
+) -> NamedSharding | None:
+    """Where the moments of a leaf of `shape` belong, `(*batch, rank, *channel)` for a matrix.
+
+    Batch and channel axes keep their sharding and the rank axis is whole. What the projected axes
+    are sharded over would hold the same numbers many times, so the channel axes are divided over
+    that too where their size allows it.
+    """
+    if sharding is None or axes is None:
+        return sharding
+    names = _names_of_each_axis(sharding, len(shape))
+    channel = {axis: names[axis] for axis in axes.channel}
+    for name in (name for axis in axes.projected for name in names[axis]):
+        for axis in axes.channel:
+            divided = (*channel[axis], name)
+            if shape[axis] % _devices(sharding, divided) == 0:
+                channel[axis] = divided
+                break
+    return _with_names(
+        sharding, [*(names[a] for a in axes.batch), (), *(channel[a] for a in axes.channel)]
+    )
+
+
+def matrices_placement(
+    sharding: NamedSharding | None, shape: tuple[int, ...], axes: MatrixAxes, whole: int = 0
+) -> NamedSharding | None:
+    """Where an array with the batch axes, and `whole` undivided ones after them, belongs."""
+    if sharding is None:
+        return None
+    names = _names_of_each_axis(sharding, len(shape))
+    return _with_names(sharding, [*(names[a] for a in axes.batch), *((),) * whole])
+
+
+def call_on_automatic_axes(function: Callable, *args: Any, like: Any) -> Any:
+    """Returns `function(*args)`, whose results have the structure and the shardings of `like`.
+
+    With sharding in types, the shardings within are left to the compiler, as they are without.
+    """
+    shardings = jax.tree.map(explicit_sharding, like)
+    if not jax.tree.leaves(shardings):
+        return function(*args)
+    return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
+
+
+def result_shardings(function: Callable, tree: Any, shardings: Any) -> Any:
+    """The shardings of `function(tree)`: of what it makes like a leaf, that leaf's.
+
+    Traces `function` with the shardings in the types of the leaves, and runs nothing.
+
+    Args:
+      function: Of `tree`; returns a tree of arrays.
+      tree: Arrays or ShapeDtypeStructs.
+      shardings: A tree of the same structure with a NamedSharding for each, all over one mesh.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    explicit = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
+    )
+
+    def typed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        in_types = NamedSharding(explicit, sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=in_types)
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        result = jax.eval_shape(function, jax.tree.map(typed, tree, shardings))
+
+    def concrete(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(concrete, result)
+
+
+def _names_of_each_axis(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+    entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    return [
+        entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        for entry in entries
+    ]
+
+
+def _devices(sharding: NamedSharding, names: tuple[str, ...]) -> int:
+    devices = 1
+    for name in names:
+        devices *= sharding.mesh.shape[name]
+    return devices
+
+
+def _with_names(sharding: NamedSharding, names: list[tuple[str, ...]]) -> NamedSharding:
+    spec = PartitionSpec(
+        *(each[0] if len(each) == 1 else each or None for each in names),
+    )
+    return sharding.update(spec=spec)

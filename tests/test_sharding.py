@@ -1,0 +1,487 @@
+"""The state follows the parameters on any mesh, and the optimizer gathers nothing.
+
+`conftest.py` gives this process 8 CPU devices.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    apollo,
+    apollo_mini,
+    apply_updates_stochastic,
+    planning,
+    quantization,
+    scale_by_apollo,
+    svd,
+    transformer_dimension_numbers,
+)
+from apollo_optax.sharding import state_shardings
+
+DENSE = ApolloDimensionNumbers(-2, -1)
+AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+
+
+def mesh_of(axis_type=AxisType.Auto, **sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes))
+
+
+def shaped(mesh, *shape, spec=()):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+
+def specs_of(shardings):
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+
+def trimmed(spec):
+    """Without the Nones at its end, which mean nothing."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
+
+
+# Which sharding
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers", "spec", "moments", "norm"),
+    [
+        # Channels (the larger side) keep theirs; the rank axis is whole.
+        ((64, 256), DENSE, (None, "fsdp"), (None, "fsdp"), ()),
+        ((256, 64), DENSE, ("tensor", None), (None, "tensor"), ()),
+        # What divides the projected side divides the channels further.
+        ((64, 256), DENSE, ("fsdp", None), (None, "fsdp"), ()),
+        ((64, 256), DENSE, ("fsdp", "tensor"), (None, ("tensor", "fsdp")), ()),
+        ((64, 256), DENSE, (("fsdp", "tensor"), None), (None, ("fsdp", "tensor")), ()),
+        # Not where their number does not allow it.
+        ((8, 65), DENSE, ("fsdp", None), (), ()),
+        ((8, 66), DENSE, ("fsdp", "tensor"), (None, "tensor"), ()),
+        # Layers and experts.
+        ((4, 64, 256), DENSE, ("fsdp", None, "tensor"), ("fsdp", None, "tensor"), ("fsdp",)),
+        # (embed, heads, head_dim) with the heads sharded, projected and not.
+        ((64, 8, 16), ApolloDimensionNumbers(0, (1, 2)), ("fsdp", "tensor"),
+         (None, ("tensor", "fsdp")), ()),
+        ((8, 4, 64), ApolloDimensionNumbers((0, 1), 2), ("tensor", None, None),
+         (None, "tensor"), ()),
+    ],
+)  # fmt: skip
+@AXIS_TYPES
+def test_moments_of_a_matrix_follow_its_batch_and_channel_axes(
+    shape, numbers, spec, moments, norm, axis_type
+):
+    mesh = mesh_of(axis_type, fsdp=4, tensor=2)
+    tx = scale_by_apollo(4, weight_dimension_numbers=numbers)
+    found = specs_of(state_shardings(tx, {"w": shaped(mesh, *shape, spec=spec)}))
+    assert trimmed(found.mu["w"]) == trimmed(found.nu["w"]) == moments
+    assert trimmed(found.norm["w"]) == norm
+    assert trimmed(found.count) == trimmed(found.key) == ()
+
+
+def test_projections_kept_by_svd_are_whole():
+    mesh = mesh_of(fsdp=4, tensor=2)
+    tx = scale_by_apollo(4, projection=svd, weight_dimension_numbers=DENSE)
+    params = {"w": shaped(mesh, 4, 64, 256, spec=("fsdp", "tensor"))}
+    assert trimmed(state_shardings(tx, params).projection["w"].spec) == ("fsdp",)
+
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), apollo(1e-3, 4), optax.ema(0.9)),
+    "injected": lambda: optax.inject_hyperparams(apollo_mini, static_args="update_proj_gap")(1e-3),
+    "multi_steps": lambda: optax.MultiSteps(apollo(1e-3, 4), 2).gradient_transformation(),
+    "masked": lambda: optax.masked(apollo(1e-3, 4), {"kernel": True, "bias": False}),
+    "schedule_free": lambda: optax.contrib.schedule_free(apollo(1e-3, 4), 1e-3),
+    "partition": lambda: optax.partition(
+        {"apollo": apollo(1e-3, 4), "adam": optax.adam(1e-3)}, {"kernel": "apollo", "bias": "adam"}
+    ),
+    "adafactor": lambda: optax.adafactor(1e-3, min_dim_size_to_factor=32),
+    "muon": lambda: optax.contrib.muon(1e-3),
+    "lion": lambda: optax.lion(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@AXIS_TYPES
+def test_state_of_any_chain_is_placed_and_stays_there(name, axis_type):
+    mesh = mesh_of(axis_type, fsdp=4, tensor=2)
+    params = {
+        "kernel": shaped(mesh, 64, 256, spec=("fsdp", "tensor")),
+        "bias": shaped(mesh, 256, spec=("tensor",)),
+    }
+    tx = OPTIMIZERS[name]()
+    shardings = state_shardings(tx, params)
+    arrays = jax.tree.map(lambda p: jax.device_put(jnp.ones(p.shape), p.sharding), params)
+    state = jax.jit(tx.init, out_shardings=shardings)(arrays)
+    like_parameter = [
+        (leaf, sharding)
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+        if leaf.shape == (64, 256)
+    ]
+    for leaf, sharding in like_parameter:
+        assert sharding.spec == params["kernel"].sharding.spec
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    if name == "muon" and axis_type is AxisType.Explicit:
+        return  # Optax's Muon multiplies matrices in ways that are ambiguous there
+    kept = jax.tree.map(lambda p: p.sharding, params), shardings
+    with jax.set_mesh(mesh):
+        _, updated = jax.jit(tx.update, out_shardings=kept)(arrays, state, arrays)
+    assert jax.tree.map(jax.typeof, updated) == jax.tree.map(jax.typeof, state)
+
+
+@AXIS_TYPES
+def test_eager_init_places_the_state_by_itself(axis_type):
+    mesh = mesh_of(axis_type, fsdp=8)
+    params = {"w": jax.device_put(jnp.ones((64, 256)), NamedSharding(mesh, P("fsdp")))}
+    tx = scale_by_apollo(4)
+    state, expected = tx.init(params), state_shardings(tx, params)
+    for field in ("mu", "nu", "norm"):
+        leaf = getattr(state, field)["w"]
+        assert leaf.sharding.is_equivalent_to(getattr(expected, field)["w"], leaf.ndim)
+
+
+def test_arrays_shapes_and_shardings_are_the_same_question():
+    mesh = mesh_of(fsdp=4, tensor=2)
+    sharding = NamedSharding(mesh, P("fsdp", "tensor"))
+    shape = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    tx = apollo(1e-3, 4)
+    answers = [
+        state_shardings(tx, {"w": jax.device_put(jnp.ones(shape.shape), sharding)}),
+        state_shardings(tx, {"w": shaped(mesh, 64, 256, spec=("fsdp", "tensor"))}),
+        state_shardings(tx, {"w": shape}, {"w": sharding}),
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_nothing_runs_and_nothing_is_allocated():
+    mesh = mesh_of(fsdp=8)
+    params = {"w": shaped(mesh, 2**20, 2**20, spec=("fsdp",))}
+    assert state_shardings(optax.adam(1e-3), params)[0].mu["w"].spec == P("fsdp", None)
+
+
+@pytest.mark.parametrize(
+    ("params", "shardings", "match"),
+    [
+        (lambda _: {"w": jnp.ones((4, 8))}, None, r"w has no NamedSharding .*place the parameters"),
+        (lambda _: {}, None, "0 shardings and 0 parameters"),
+        (
+            lambda mesh: {"w": shaped(mesh, 4, 8)},
+            {"w": None},
+            "0 shardings and 1 parameters",
+        ),
+        (
+            lambda mesh: {"a": shaped(mesh, 4, 8), "b": shaped(mesh_of(other=8), 4, 8)},
+            None,
+            r"b is sharded over .*other.*, a over .*fsdp.*one mesh",
+        ),
+    ],
+)
+def test_parameters_without_one_mesh_are_refused(params, shardings, match):
+    with pytest.raises(ValueError, match=match):
+        state_shardings(apollo(1e-3, 4), params(mesh_of(fsdp=8)), shardings)
+
+
+# Flax's axis names
+
+
+def low_rank_on_the_parameters_nodes():
+    """What not to do: low-rank moments in the parameters' own boxes, whose names do not fit."""
+
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros((1, p.shape[1])), params)
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+class NnxModel(nnx.Module):
+    def __init__(self):
+        kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("model", None))
+        self.dense = nnx.Linear(16, 24, kernel_init=kernel, rngs=nnx.Rngs(0))
+
+
+def test_nnx_axis_names_do_not_reach_the_low_rank_state():
+    tx = apollo(1e-3, 4, weight_dimension_numbers=transformer_dimension_numbers)
+    mesh = mesh_of(model=8)
+    with jax.set_mesh(mesh):
+        model = NnxModel()
+        naive = optax.masked(low_rank_on_the_parameters_nodes(), lambda p: jax.tree.map(
+            lambda leaf: leaf.ndim == 2, p))  # fmt: skip
+        with pytest.raises(ValueError, match="axis 0 is partitioned 8 times"):
+            nnx.Optimizer(model, naive, wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        params = nnx.state(model, nnx.Param)
+        expected = state_shardings(tx, params)
+    mu = optimizer.opt_state[0].mu["dense"]["kernel"][...]
+    assert trimmed(expected[0].mu["dense"]["kernel"].spec) == (None, "model")
+    assert mu.sharding.is_equivalent_to(expected[0].mu["dense"]["kernel"], 2)
+    with jax.set_mesh(mesh):
+        abstract = nnx.state(nnx.eval_shape(NnxModel), nnx.Param)
+    named = nnx.get_named_sharding(abstract, mesh)
+    assert specs_of(state_shardings(tx, abstract, named)) == specs_of(expected)
+
+
+def test_linen_axis_names_do_not_reach_the_low_rank_state():
+    kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("model", None))
+    dense = nn.Dense(24, kernel_init=kernel, use_bias=False)
+    boxed = jax.eval_shape(dense.init, jax.random.key(0), jnp.ones((1, 16)))["params"]
+    mesh = mesh_of(model=8)
+    params = nn.get_sharding(boxed, mesh)
+
+    def init(tx, shardings):
+        def make():
+            return tx.init(dense.init(jax.random.key(0), jnp.ones((1, 16)))["params"])
+
+        return jax.jit(make, out_shardings=shardings)()
+
+    naive = low_rank_on_the_parameters_nodes()
+    with pytest.raises(ValueError, match="axis 0 is partitioned 8 times"):
+        init(naive, nn.get_sharding(jax.eval_shape(naive.init, boxed), mesh))
+    tx = apollo(1e-3, 4, weight_dimension_numbers=transformer_dimension_numbers)
+    state = init(tx, state_shardings(tx, boxed, params))
+    assert trimmed(state[0].mu["kernel"].sharding.spec) == (None, "model")
+    # Adam's moments are in boxes like the parameters', with their sharding.
+    adam = init(optax.adam(1e-3), state_shardings(optax.adam(1e-3), boxed, params))
+    assert trimmed(adam[0].mu["kernel"].value.sharding.spec) == ("model",)
+
+
+# The same trajectory on any mesh
+
+NUMBERS = {
+    "dense": DENSE,
+    "layers": DENSE,
+    "heads": ApolloDimensionNumbers(-3, (-2, -1)),
+    "experts": DENSE,
+    "bias": None,
+}
+SHAPES = {
+    "dense": (16, 32),
+    "layers": (3, 32, 16),
+    "heads": (16, 8, 4),
+    "experts": (8, 16, 24),
+    "bias": (32,),
+}
+MESHES: dict[str, tuple[dict[str, int], dict[str, tuple[Any, ...]]]] = {
+    "data_parallel": ({"data": 8}, {}),
+    "fsdp_rows": (
+        {"data": 8},
+        {"dense": ("data",), "layers": (None, "data"), "heads": ("data",),
+         "experts": (None, "data"), "bias": ("data",)},
+    ),
+    "fsdp_columns": (
+        {"data": 8},
+        {"dense": (None, "data"), "layers": (None, None, "data"), "heads": (None, "data"),
+         "experts": (None, None, "data")},
+    ),
+    "tensor_parallel": (
+        {"tensor": 8},
+        {"dense": (None, "tensor"), "layers": (None, "tensor"), "heads": (None, "tensor"),
+         "experts": ("tensor",), "bias": ("tensor",)},
+    ),
+    "two_axes": (
+        {"data": 4, "tensor": 2},
+        {"dense": ("data", "tensor"), "layers": (None, "tensor", "data"),
+         "heads": ("data", "tensor"), "experts": ("tensor", "data"), "bias": ("tensor",)},
+    ),
+}  # fmt: skip
+STEPS = 50
+
+
+def start():
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    return {n: jax.random.normal(k, SHAPES[n]) for n, k in zip(SHAPES, keys, strict=True)}
+
+
+def loss(params, batch):
+    """Pulls every weight to a target of its own, by an amount that depends on the batch."""
+
+    def distance(name):
+        weights = params[name]
+        target = jnp.cos(jnp.arange(weights.size, dtype=jnp.float32)).reshape(weights.shape)
+        pull = jnp.mean(batch[:, :1] ** 2) * (weights - target) + jnp.mean(batch[:, 1:])
+        return jnp.mean(jnp.square(pull))
+
+    return sum(distance(name) for name in params)
+
+
+def transformations():
+    return {
+        "apollo": apollo(0.02, 4, 7, weight_dimension_numbers=NUMBERS, weight_decay=0.01),
+        "apollo_mini": apollo_mini(0.01, 7, 1.0, weight_dimension_numbers=NUMBERS),
+    }
+
+
+def trained(params, batches):
+    """Trains with each transformation; the gradients have the parameters' shardings."""
+    txs = transformations()
+    types = jax.tree.map(lambda p: jax.typeof(p).sharding, params)
+
+    @jax.jit
+    def step(trees, states, batch):
+        def updated(tx, params, state):
+            grads = jax.grad(loss)
+            if AxisType.Explicit in jax.typeof(params["dense"]).sharding.mesh.axis_types:
+                grads = jax.sharding.auto_axes(grads, out_sharding=types)
+            updates, state = tx.update(grads(params, batch), state, params)
+            return optax.apply_updates(params, updates), state
+
+        moved = {name: updated(txs[name], trees[name], states[name]) for name in txs}
+        return {n: p for n, (p, _) in moved.items()}, {n: s for n, (_, s) in moved.items()}
+
+    trees, states = dict.fromkeys(txs, params), {n: tx.init(params) for n, tx in txs.items()}
+    for batch in batches:
+        # One at a time: on few cores the collectives of two runs can wait for each other's threads.
+        trees, states = jax.block_until_ready(step(trees, states, batch))
+    return trees, states
+
+
+def batches():
+    return [jax.random.normal(jax.random.key(100 + i), (8, 3)) for i in range(STEPS)]
+
+
+@functools.cache
+def trained_on_one_device():
+    return jax.device_get(trained(start(), batches()))
+
+
+def placed_on(mesh, specs):
+    return {
+        name: jax.device_put(leaf, NamedSharding(mesh, P(*specs.get(name, ()))))
+        for name, leaf in start().items()
+    }
+
+
+@pytest.mark.parametrize("name", MESHES)
+@AXIS_TYPES
+def test_trajectory_is_the_same_on_any_mesh(name, axis_type):
+    sizes, specs = MESHES[name]
+    mesh = mesh_of(axis_type, **sizes)
+    rows = NamedSharding(mesh, P("data" if "data" in sizes else None))
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(batch, rows) for batch in batches()]
+        params, states = trained(placed_on(mesh, specs), sharded)
+    expected_params, expected_states = trained_on_one_device()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, expected_params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        states,
+        expected_states,
+    )
+
+
+@pytest.mark.parametrize("name", MESHES)
+@AXIS_TYPES
+def test_projections_are_bit_identical_on_any_mesh(name, axis_type):
+    """With b1 = 0 and an identity for a gradient, the first moment is P."""
+    sizes, specs = MESHES[name]
+    mesh = mesh_of(axis_type, **sizes)
+    tx = scale_by_apollo(4, b1=0.0, weight_dimension_numbers=DENSE)
+    gradient = {"dense": jnp.eye(16, 32)}
+    _, one = jax.jit(tx.update)(gradient, tx.init(gradient))
+    sharding = NamedSharding(mesh, P(*specs.get("dense", ())))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(gradient, sharding)
+        _, many = jax.jit(tx.update)(sharded, tx.init(sharded))
+    np.testing.assert_array_equal(many.mu["dense"], one.mu["dense"])
+    assert jnp.any(one.mu["dense"] != 0)
+
+
+@AXIS_TYPES
+def test_weights_are_rounded_alike_on_any_mesh(axis_type):
+    mesh = mesh_of(axis_type, data=4, tensor=2)
+    weights = {"w": jnp.linspace(-1, 1, 512 * 64).reshape(512, 64)}
+    updates = {"w": jnp.full((512, 64), 1e-3)}
+    sharding = NamedSharding(mesh, P("data", "tensor"))
+    key = jax.random.key(0)
+
+    def rounded(weights, updates):
+        in_bf16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
+        in_int8 = quantization.quantize(weights)
+        return (
+            apply_updates_stochastic(in_bf16, updates, key),
+            quantization.apply_updates(in_int8, updates, key),
+        )
+
+    expected = jax.jit(rounded)(weights, updates)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(rounded)(*jax.device_put((weights, updates), sharding))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+# Nothing is gathered
+
+COMPILED_SHAPES = {"wide": (4, 256, 1024), "tall": (4, 1024, 256), "square": (4, 512, 512)}
+COMPILED_SPECS = {
+    "data_parallel": (),
+    "fsdp_rows": (None, "fsdp", None),
+    "fsdp_columns": (None, None, "fsdp"),
+    "tensor_parallel": (None, None, "tensor"),
+    "two_axes": (None, "fsdp", "tensor"),
+    "two_axes_swapped": (None, "tensor", "fsdp"),
+}
+
+
+def assert_only_low_rank_numbers_move(target, shape, spec, rank):
+    """The collectives of an update have no more than the low-rank product and the factors."""
+    mesh = planning.mesh_for(target, {"fsdp": 4, "tensor": 2})
+    tx = scale_by_apollo(
+        rank,
+        granularity="channel" if rank > 1 else "tensor",
+        weight_dimension_numbers=DENSE,
+    )
+    gradient = {"w": shaped(mesh, *shape, spec=spec)}
+    shardings = state_shardings(tx, gradient)
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}),
+        shardings,
+    )
+    plan = planning.compile_for(
+        target,
+        lambda gradient, state: tx.update(gradient, state),
+        gradient,
+        state,
+        donate_argnums=(0, 1),
+        out_shardings=({"w": gradient["w"].sharding}, shardings),
+        mesh=mesh,
+    )
+    layers, channels = shape[0], max(shape[1:])
+    low_rank_bytes = 4 * layers * rank * channels
+    factor_bytes = 4 * layers * channels
+    assert plan.collective_bytes is not None
+    assert plan.collectives is not None
+    assert plan.collective_bytes <= low_rank_bytes + 4 * factor_bytes + 64 * layers
+    gathered = plan.collectives.get("all-gather", planning.Collective(0, 0)).bytes
+    assert gathered <= factor_bytes
+
+
+both_ranks = pytest.mark.parametrize("rank", [1, 32])
+each_shape = pytest.mark.parametrize("shape", COMPILED_SHAPES.values(), ids=COMPILED_SHAPES)
+each_spec = pytest.mark.parametrize("spec", COMPILED_SPECS.values(), ids=COMPILED_SPECS)
+
+
+@both_ranks
+@each_shape
+@each_spec
+def test_no_gradient_is_gathered(shape, spec, rank):
+    assert_only_low_rank_numbers_move("cpu:8", shape, spec, rank)
+
+
+@pytest.mark.planning
+@pytest.mark.parametrize("target", ["a100-80gb:8", "tpu-v5e:2x4"])
+@both_ranks
+@each_shape
+@each_spec
+def test_no_gradient_is_gathered_on_chips(target, shape, spec, rank):
+    assert_only_low_rank_numbers_move(target, shape, spec, rank)
