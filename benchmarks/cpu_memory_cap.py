@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_memory_cap
 
-Runs `pretrain` on this machine's CPU in processes of their own, a few steps of a model of 295
+Runs `pretrain` on this machine's CPU in processes of their own, a few steps of a model of 303
 million parameters, and adds each process's largest resident size to
 `results/cpu_memory_cap.json`; minutes. Prints the table of the documentation.
 """

@@ -1,0 +1,44 @@
+"""Writes the tables of the README and the documentation from the committed results.
+
+    python -m benchmarks.tables
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is the benchmark's. The tests
+check that what stands there is what this would write.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import cpu_memory_cap, peak_memory, quantized_training
+from benchmarks.rows import RESULTS, Row, read_rows
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "cpu_memory_cap": cpu_memory_cap.table,
+    "peak_memory": peak_memory.table,
+    "quantized_training": quantized_training.table,
+}
+_PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """The text of a page with each table as the results have it."""
+
+    def written(place: re.Match[str]) -> str:
+        name = place[1]
+        table = TABLES[name](read_rows(RESULTS / f"{name}.json"))
+        return f"<!-- {name} -->\n{table}\n<!-- end -->"
+
+    return _PLACE.sub(written, text)
+
+
+def main() -> None:
+    """Rewrites the pages."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
