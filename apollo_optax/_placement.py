@@ -65,9 +65,11 @@ def call_on_automatic_axes(function: Callable, *args: Any, like: Any) -> Any:
 
     With sharding in types, the shardings within are left to the compiler, as they are without.
     """
-    shardings = jax.tree.map(explicit_sharding, like)
-    if not jax.tree.leaves(shardings):
+    known = [sharding for leaf in jax.tree.leaves(like) if (sharding := explicit_sharding(leaf))]
+    if not known:
         return function(*args)
+    replicated = known[0].update(spec=PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: explicit_sharding(leaf) or replicated, like)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
 
 

@@ -183,7 +183,7 @@ def init(
         whose state of a stacked leaf has no axis of layers.
     """
     _require_form(params)
-    shapes = jax.eval_shape(weights.read, params)
+    shapes = _shapes(jax.eval_shape(weights.read, params))
     check_per_leaf(tx, shapes)
     _check_layers_of_state(tx, shapes)
 
@@ -191,7 +191,10 @@ def init(
         return tx.init(weights.read(params))
 
     placed = jax.tree.map(placement_of, params)
-    on_mesh = len(jax.tree.leaves(placed)) == len(jax.tree.leaves(params))
+    on_mesh = all(
+        placement_of(leaf) is not None and not isinstance(leaf, jax.core.Tracer)
+        for leaf in jax.tree.leaves(params)
+    )
     shardings = result_shardings(init_state, params, placed) if on_mesh else None
     # Compiled, so that no float copy of quantized weights is made for the sake of its shapes.
     return jax.jit(init_state, out_shardings=shardings)(params)
@@ -214,7 +217,7 @@ def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
       tx: Any transformation.
       params: Its parameters, arrays or ShapeDtypeStructs.
     """
-    params = jax.eval_shape(lambda p: p, params)
+    params = _shapes(params)
     state = jax.eval_shape(tx.init, params)
 
     def is_multi_steps(node: Any) -> bool:
@@ -233,6 +236,11 @@ def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
                 f"layer-wise step has one layer's gradients at a time. Instead of clipping by the "
                 f"global norm use limit_norm_growth, or a transformation that works leaf by leaf."
             )
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    """Shapes and dtypes, without shardings in the types: those do not matter to what is checked."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def _gradients_read(

@@ -396,7 +396,10 @@ def largest_batch(
     limit: int = 65536,
     **options: Any,
 ) -> LargestBatch:
-    """Searches the largest batch that fits, by doubling and then bisection.
+    """Searches the largest batch that fits.
+
+    Peaks grow nearly in line with the batch, so that a line through two finds it in about four
+    compilations; bisection in between bounds their number for those that do not.
 
     Args:
       target: As for `compile_for`.
@@ -427,18 +430,35 @@ def largest_batch(
         step, args = build(multiple * multiple_of)
         return compile_for(target, step, *args, **options)
 
-    fits, plan, next_plan = 0, None, None
+    plans: dict[int, Plan] = {}
     most, candidate = limit // multiple_of, 1
-    refused = most + 1
+    fits, refused = 0, most + 1
     while refused - fits > 1:
-        tried = plan_of(candidate)
-        if tried.fits:
-            fits, plan = candidate, tried
-        else:
-            refused, next_plan = candidate, tried
-        doubling = next_plan is None
-        candidate = min(2 * fits, most) if doubling else (fits + refused) // 2
-    return LargestBatch(fits * multiple_of, plan, next_plan)
+        plan = plans[candidate] = plan_of(candidate)
+        fits, refused = (candidate, refused) if plan.fits else (fits, candidate)
+        candidate = _next_candidate(plans, fits, refused, most)
+    return LargestBatch(fits * multiple_of, plans.get(fits), plans.get(refused))
+
+
+def _next_candidate(plans: Mapping[int, Plan], fits: int, refused: int, most: int) -> int:
+    """Where a line through the two plans nearest to the capacity says that the last fits.
+
+    Every other time the middle instead, for peaks that are no line.
+    """
+    if fits == 0:
+        return 1
+    if refused in plans and len(plans) % 2:
+        return (fits + refused) // 2
+    largest = min(16 * fits, most) if refused > most else refused - 1
+    points = sorted(plans.items(), key=lambda at: abs(at[1].peak_bytes - at[1].capacity_bytes))
+    if len(points) < 2:
+        return min(2 * fits, most)
+    (batch, plan), (other_batch, other) = points[:2]
+    slope = (plan.peak_bytes - other.peak_bytes) / (batch - other_batch)
+    if slope <= 0:
+        return largest
+    room = (plan.capacity_bytes - plan.peak_bytes) / slope
+    return min(max(batch + math.floor(room), fits + 1), largest)
 
 
 def mesh_for(

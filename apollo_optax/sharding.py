@@ -7,6 +7,7 @@ moments keep that of the batch and channel axes. Pass the result where a state i
     state = jax.jit(tx.init, out_shardings=shardings)(params)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import PyTree
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax._placement import placement_of, result_shardings
 
-__all__ = ["state_shardings"]
+__all__ = ["shardings_of", "state_shardings"]
 
 
 def state_shardings(
@@ -54,14 +55,45 @@ def state_shardings(
       >>> from apollo_optax import scale_by_apollo
       >>> from apollo_optax.sharding import state_shardings
       >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
-      >>> rows, columns = NamedSharding(mesh, PartitionSpec("fsdp", "tensor")), None
-      >>> kernel = jax.ShapeDtypeStruct((64, 256), "float32", sharding=rows)
+      >>> sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+      >>> kernel = jax.ShapeDtypeStruct((64, 256), "float32", sharding=sharding)
       >>> state_shardings(scale_by_apollo(rank=8), {"kernel": kernel}).mu["kernel"].spec
       PartitionSpec(None, ('tensor', 'fsdp'))
     """
+    return shardings_of(tx.init, params, shardings)
+
+
+def shardings_of(
+    make: Callable[[PyTree], PyTree], params: PyTree, shardings: PyTree | None = None
+) -> PyTree:
+    """Returns the sharding of every leaf of `make(params)`, such as a whole training state.
+
+    What `state_shardings` does for `make=tx.init`, whose arguments, result and errors it shares.
+
+    Args:
+      make: Makes a tree of arrays of the parameters; traced, not run.
+      params: As for `state_shardings`.
+      shardings: As for `state_shardings`.
+
+    Returns:
+      A tree of the structure of `make(params)` with a NamedSharding in place of each array.
+
+    Raises:
+      ValueError: As `state_shardings`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from apollo_optax.sharding import shardings_of
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = {"w": jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("data")))}
+      >>> found = shardings_of(lambda p: {"params": p, "opt": optax.sgd(0.1, 0.9).init(p)}, params)
+      >>> found["opt"][0].trace["w"].spec
+      PartitionSpec('data',)
+    """
     named, treedef = named_leaves(params)
     placed = _shardings_of(named, shardings)
-    return result_shardings(tx.init, params, treedef.unflatten(placed))
+    return result_shardings(make, params, treedef.unflatten(placed))
 
 
 def _shardings_of(named: list[tuple[Path, Any]], shardings: PyTree | None) -> list[NamedSharding]:

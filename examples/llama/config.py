@@ -123,6 +123,7 @@ MODELS: dict[str, LlamaConfig] = {
     "3b": LlamaConfig(32_000, 2560, 6848, num_layers=32, num_heads=32),
     "7b": LlamaConfig(32_000, 4096, 11_008, num_layers=32, num_heads=32),
     "13b": LlamaConfig(32_000, 5120, 13_824, num_layers=40, num_heads=40),
+    "70b": LlamaConfig(32_000, 8192, 28_672, num_layers=80, num_heads=64, num_kv_heads=8),
 }
 """Models by name. A name counts the parameters at the listed vocabulary: `9m` and `20m` are mostly
 embedding and head. `nano` has 0.86 million, for a vocabulary of bytes."""

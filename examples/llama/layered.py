@@ -1,6 +1,7 @@
 """LLaMA as the three functions of a layer-wise step, whose parameters are blocks and the rest."""
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from apollo_optax import layerwise, quantization
-from examples.llama import model
+from examples.llama import mesh, model
 from examples.llama.config import LlamaConfig
 from examples.llama.train import Tokens, Training, TrainState, unchanged
 
@@ -53,7 +54,7 @@ def layered_model(
     Args:
       config: The model's shape.
       dtype: Dtype of the matrix products.
-      tokens_at_once: Tokens whose logits exist at one time, where it divides a batch.
+      tokens_at_once: Tokens of a device whose logits exist at one time, at least one a sequence.
       heads_at_once: Heads whose attention weights exist at one time; None for as many as take
         128 MiB a sequence.
 
@@ -175,18 +176,33 @@ def mean_token_loss(
     targets: Int[Array, "batch sequence"],
     tokens_at_once: int,
 ) -> Float[Array, ""]:
-    """Returns the mean loss of a token, in nats; logits exist for `tokens_at_once` at a time."""
-    if targets.size <= tokens_at_once or targets.size % tokens_at_once:
+    """Returns the mean loss of a token, in nats.
+
+    Logits exist for `tokens_at_once` at a time on a device, or for one of each sequence.
+    """
+    batch, length = targets.shape
+    chunk = _tokens_of_a_sequence(batch, length, tokens_at_once)
+    if chunk == length:
         return jnp.mean(model.cross_entropy(model.logits(config, rest, x), targets))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk_loss(rest: model.Params, x: Array, targets: Array) -> Float[Array, ""]:
-        logits = model.logits(config, rest, x[None])
-        return jnp.sum(model.cross_entropy(logits, targets[None]))
+        return jnp.sum(model.cross_entropy(model.logits(config, rest, x), targets))
 
-    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+    def add(total: Array, chunk: Sequence[Array]) -> tuple[Array, None]:
         return total + chunk_loss(rest, *chunk), None
 
-    chunks = x.reshape(-1, tokens_at_once, x.shape[-1]), targets.reshape(-1, tokens_at_once)
-    total, _ = jax.lax.scan(add, jnp.zeros([], jnp.float32), chunks)
+    # Along the sequence, since the batch may be divided among devices.
+    chunks = [jnp.moveaxis(a.reshape(batch, -1, chunk, *a.shape[2:]), 1, 0) for a in (x, targets)]
+    total, _ = jax.lax.scan(add, jnp.zeros([], jnp.float32), tuple(chunks))
     return total / targets.size
+
+
+def _tokens_of_a_sequence(batch: int, length: int, tokens_at_once: int) -> int:
+    """The largest part of a sequence whose share of a device's batch is within the limit."""
+    sequences = max(1, batch // mesh.devices_dividing_batch(jax.sharding.get_abstract_mesh().shape))
+    return max(
+        part
+        for part in range(1, length + 1)
+        if length % part == 0 and (part == 1 or sequences * part <= tokens_at_once)
+    )

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from examples.llama.config import LlamaConfig
+from examples.llama.mesh import constrain, gathered
 
 __all__ = [
     "Attention",
@@ -114,10 +115,13 @@ class Attention(nnx.Module):
         """Mixes every token with those before it."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         tokens = _tokens(x)
-        query = rotary_embedding(self.config, self.q_proj(tokens).reshape(heads))
-        key = rotary_embedding(self.config, self.k_proj(tokens).reshape(heads))
-        value = self.v_proj(tokens).reshape(heads)
-        attended = _attend(query, key, value, self.groups)
+        query, key, value = (
+            constrain(project(tokens).reshape(heads), "batch", None, "heads", None)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = rotary_embedding(self.config, query)
+        key = rotary_embedding(self.config, key)
+        attended = constrain(_attend(query, key, value, self.groups), "batch", None, "heads", None)
         return self.o_proj(attended.reshape(tokens.shape)).reshape(x.shape)
 
 
@@ -150,6 +154,7 @@ class Mlp(nnx.Module):
         """Transforms every token by itself."""
         tokens = _tokens(x)
         gated = jax.nn.silu(self.gate_proj(tokens)) * self.up_proj(tokens)
+        gated = constrain(gated, "batch", "width")
         return self.down_proj(gated).reshape(x.shape)
 
 
@@ -174,8 +179,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """Returns the residual stream after this layer."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = constrain(x + self.attention(self.attention_norm(x)), "batch", None, None)
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
 
 
 class Llama(nnx.Module):
@@ -268,7 +273,8 @@ def embed(
 ) -> Hidden:
     """Looks the tokens up in `rest["embed"]`; `dtype` is the compute dtype from here on."""
     make = functools.partial(_embedding, config, jnp.float32, dtype)
-    return _bind(make, rest["embed"])(tokens)
+    table = gathered({"embed": rest["embed"]})["embed"]
+    return constrain(_bind(make, table)(tokens), "batch", None, None)
 
 
 def block(
@@ -288,11 +294,12 @@ def block(
             rngs=rngs,
         )
 
-    return _bind(make, block_params)(x)
+    return _bind(make, gathered(block_params))(x)
 
 
 def logits(config: LlamaConfig, rest: Params, x: Hidden) -> Float[Array, "batch sequence vocab"]:
     """Normalises with `rest["norm"]` and applies `rest["lm_head"]`; float32."""
+    rest = gathered({name: rest[name] for name in ("norm", "lm_head")})
     norm = _bind(functools.partial(_norm, config, jnp.float32, x.dtype), rest["norm"])
     head = _bind(functools.partial(_head, config, jnp.float32, x.dtype), rest["lm_head"])
     return _apply_head(head, norm(x))
@@ -325,7 +332,8 @@ def _tokens(x: Hidden) -> Float[Array, "tokens hidden"]:
 
 
 def _apply_head(head: nnx.Linear, x: Hidden) -> Float[Array, "batch sequence vocab"]:
-    return head(_tokens(x)).reshape(*x.shape[:2], -1)
+    logits = head(_tokens(x)).reshape(*x.shape[:2], -1)
+    return constrain(logits, "batch", None, "vocabulary")
 
 
 def _linear(

@@ -60,6 +60,7 @@ class OptimizerSettings:
       update_proj_gap: Steps between two projections (`apollo`, `apollo_mini`, `galore`).
       project_embeddings: Whether `apollo`, `apollo_mini`, `galore` and `muon` treat the embedding
         and the head as they do the other matrices, instead of training them with Adam.
+      momentum: Decay of the sum of past gradients (`sgd`); 0 keeps none, and no state.
       seed: Seed of the projections.
     """
 
@@ -74,6 +75,7 @@ class OptimizerSettings:
     alpha: float = 1.0
     update_proj_gap: int = 200
     project_embeddings: bool = False
+    momentum: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class OptimizerSettings:
         _require(0 <= self.warmup_fraction < 1, "warm-up", self.warmup_fraction, "in [0, 1)")
         _require(0 <= self.final_fraction <= 1, "final fraction", self.final_fraction, "in [0, 1]")
         _require(self.weight_decay >= 0, "weight decay", self.weight_decay, "at least 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(self.clip >= 0, "clip", self.clip, "a positive norm, or 0 for no clipping")
 
 
@@ -212,7 +215,7 @@ def _sgd(
     settings: OptimizerSettings, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
     return optax.chain(
-        optax.trace(decay=0.9),
+        optax.trace(decay=settings.momentum) if settings.momentum else optax.identity(),
         optax.add_decayed_weights(settings.weight_decay, decayed_leaves),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -27,7 +27,7 @@ __all__ = [
     "resolve",
 ]
 
-ModelName = Literal["nano", "9m", "20m", "60m", "130m", "350m", "1b", "3b", "7b", "13b"]
+ModelName = Literal["nano", "9m", "20m", "60m", "130m", "350m", "1b", "3b", "7b", "13b", "70b"]
 Precision = Literal["f32", "bf16"]
 Weights = Literal["f32", "bf16", "int8"]
 
@@ -81,6 +81,7 @@ class OptimizerOptions:
       update_proj_gap: Steps between two projections; for apollo, apollo_mini and galore.
       project_embeddings: Treat embedding and head as the other matrices, instead of training them
         with Adam as the paper does; for apollo, apollo_mini, galore and muon.
+      momentum: Decay of the sum of past gradients, 0 for none; for sgd.
     """
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "apollo"
@@ -93,6 +94,7 @@ class OptimizerOptions:
     alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4")] = None
     update_proj_gap: Annotated[int | None, _default("INT", "200")] = None
     project_embeddings: bool = False
+    momentum: float = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,6 +384,7 @@ def _optimizer_settings(
         alpha=_first(options.alpha, alphas.get(name, _GALORE_ALPHA)),
         update_proj_gap=_first(options.update_proj_gap, defaults.update_proj_gap),
         project_embeddings=options.project_embeddings,
+        momentum=options.momentum if name == "sgd" else 0.0,
         seed=config.training.seed,
     )
 

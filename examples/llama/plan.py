@@ -13,9 +13,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from apollo_optax import planning
+from apollo_optax.sharding import shardings_of
 from examples.llama import model
 from examples.llama.config import MODELS, PRESETS, parameter_count
 from examples.llama.layered import layered_training
+from examples.llama.mesh import (
+    batch_sharding,
+    devices_dividing_batch,
+    param_shardings,
+    parse_mesh,
+)
 from examples.llama.optimizers import (
     DEFAULT_LEARNING_RATES,
     OptimizerName,
@@ -40,11 +47,15 @@ class PlanConfig:
     Attributes:
       model: Size of the LLaMA.
       device: The chips, such as a100-80gb:8, rtx-4060-8gb, tpu-v5e:1x1, tpu-v5e:16x16 or local.
-      optimizer: APOLLO's, or one of Optax's.
+      optimizer: APOLLO's, or one of Optax's; sgd without momentum.
       weights: Dtype of the weights; int8 goes with --update layerwise.
+      moments: f32 as pretrain has them; bf16 as Optax makes them of bf16 weights, and as layerwise
+        has them for bf16 and int8 weights. Those of apollo's projections are f32 in any case.
       update: layerwise makes and uses up the gradient of one layer at a time.
-      mesh: Axes of the device mesh and their sizes; data divides the batch.
-      batch: Sequences a device.
+      mesh: Axes of the device mesh and their sizes. data and fsdp divide the batch, fsdp the
+        weights too, gathered a layer at a time; tensor divides heads, feed-forward and vocabulary.
+        All devices are data if left out.
+      batch: Sequences a device; with tensor, a group of devices.
       sequence: Tokens a sequence.
       remat: Recompute activations in the backward pass; layerwise always does.
       rank: Rows of the projection; for apollo and galore.
@@ -58,8 +69,9 @@ class PlanConfig:
     device: str = "a100-80gb"
     optimizer: OptimizerName = "apollo_mini"
     weights: Weights = "bf16"
+    moments: Literal["f32", "bf16"] = "f32"
     update: Literal["standard", "layerwise"] = "standard"
-    mesh: Annotated[str | None, tyro.conf.arg(metavar="data=N")] = None
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="data=N,fsdp=N,tensor=N")] = None
     batch: int = 1
     sequence: int = 256
     remat: bool = False
@@ -120,38 +132,28 @@ def plan_step(config: PlanConfig) -> planning.Plan:
         together.
       ImportError: If the compiler of the device is not installed.
     """
-    mesh = planning.mesh_for(config.device, _axis_sizes(config))
+    mesh = _mesh(config)
     step, args = _step(config, mesh, config.batch)
-    return planning.compile_for(config.device, step, *args, donate_argnums=0, mesh=mesh)
+    return planning.compile_for(config.device, step, *args, mesh=mesh)
 
 
 def _largest_batch(config: PlanConfig) -> int:
-    mesh = planning.mesh_for(config.device, _axis_sizes(config))
+    mesh = _mesh(config)
 
     def build(batch: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _step(config, mesh, batch)
 
-    found = planning.largest_batch(config.device, build, donate_argnums=0, mesh=mesh)
-    return found.batch
+    return planning.largest_batch(config.device, build, mesh=mesh).batch
 
 
-def _axis_sizes(config: PlanConfig) -> dict[str, int]:
-    """Reads `--mesh`; all devices divide the batch if it is left out.
-
-    >>> _axis_sizes(PlanConfig(mesh="data=8"))
-    {'data': 8}
-    """
-    if config.mesh is None:
-        return {"data": planning.parse_target(config.device).device_count}
-    sizes = {}
-    for entry in config.mesh.split(","):
-        name, _, size = entry.partition("=")
-        if name.strip() != "data" or not size.strip().isdigit():
-            raise ValueError(
-                f"--mesh has {entry!r}; allowed is data=N, which divides the batch among N devices"
-            )
-        sizes[name.strip()] = int(size)
-    return sizes
+def _mesh(config: PlanConfig) -> Mesh:
+    """The mesh of `--mesh`; all devices divide the batch if it is left out."""
+    target = planning.parse_target(config.device)
+    sizes = parse_mesh(config.mesh or f"data={target.device_count}")
+    if target.slices > 1 and sizes["data"] == 1:
+        # The first axis crosses between slices.
+        sizes = {name: sizes[name] for name in ("fsdp", "data", "tensor")}
+    return planning.mesh_for(target, sizes)
 
 
 def _step(config: PlanConfig, mesh: Mesh, batch: int) -> tuple[Callable[..., Any], tuple[Any, Any]]:
@@ -163,18 +165,23 @@ def _step(config: PlanConfig, mesh: Mesh, batch: int) -> tuple[Callable[..., Any
             shape, 0, param_dtype=_WEIGHTS[config.weights], convert=training.keep
         )
     )
-    state = jax.eval_shape(training.init_state, params)
-    tokens = jax.ShapeDtypeStruct(
-        (batch * mesh.shape["data"], config.sequence + 1),
-        jnp.int32,
-        sharding=NamedSharding(mesh, PartitionSpec("data")),
+    shardings = shardings_of(training.init_state, params, param_shardings(mesh, params))
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(training.init_state, params),
+        shardings,
     )
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def on_every_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-
-    return training.step, (jax.tree.map(on_every_device, state), tokens)
+    tokens = jax.ShapeDtypeStruct(
+        (batch * devices_dividing_batch(mesh.shape), config.sequence + 1),
+        jnp.int32,
+        sharding=batch_sharding(mesh),
+    )
+    step = jax.jit(
+        training.step,
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    )
+    return step, (state, tokens)
 
 
 def _training(config: PlanConfig) -> Training:
@@ -194,7 +201,9 @@ def _training(config: PlanConfig) -> Training:
         return layered_training(shape, tx, weights=config.weights, dtype=dtype)
     if config.weights == "int8":
         raise ValueError("int8 weights are trained layer by layer; add --update layerwise")
-    return standard_training(shape, tx, dtype=dtype, remat=config.remat)
+    return standard_training(
+        shape, tx, dtype=dtype, remat=config.remat, float32_moments=config.moments == "f32"
+    )
 
 
 def _readable(config: PlanConfig, report: dict[str, Any]) -> str:

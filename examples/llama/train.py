@@ -75,12 +75,18 @@ def standard_training(
     remat: bool = False,
     micro_batches: int = 1,
     seed: int = 0,
+    float32_moments: bool = True,
 ) -> Training:
-    """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`."""
+    """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`.
+
+    Without `float32_moments` the optimizer gets bfloat16 weights and gradients as they are.
+    """
+    convert = _to_float32 if float32_moments else unchanged
     loss = make_loss(config, dtype=dtype, remat=remat)
-    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed)
+    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed, convert=convert)
+    start = functools.partial(init_state, tx, convert=convert)
     logits = functools.partial(model.forward, config, dtype=dtype)
-    return Training(unchanged, functools.partial(init_state, tx), step, loss, logits, unchanged)
+    return Training(unchanged, start, step, loss, logits, unchanged)
 
 
 def unchanged(params: model.Params) -> model.Params:
@@ -88,9 +94,18 @@ def unchanged(params: model.Params) -> model.Params:
     return params
 
 
-def init_state(tx: optax.GradientTransformation, params: model.Params) -> TrainState:
-    """Returns the state before the first step; bfloat16 weights get float32 moments too."""
-    opt_state = jax.jit(lambda params: tx.init(_to_float32(params)))(params)
+def _to_float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def init_state(
+    tx: optax.GradientTransformation,
+    params: model.Params,
+    *,
+    convert: Callable[[PyTree], PyTree] = _to_float32,
+) -> TrainState:
+    """Returns the state before the first step, for weights as `convert` makes them."""
+    opt_state = jax.jit(lambda params: tx.init(convert(params)))(params)
     return TrainState(jnp.zeros([], jnp.int32), params, opt_state)
 
 
@@ -114,7 +129,12 @@ def make_loss(config: LlamaConfig, *, dtype: DTypeLike, remat: bool) -> LossFunc
 
 
 def make_train_step(
-    loss: LossFunction, tx: optax.GradientTransformation, *, micro_batches: int = 1, seed: int = 0
+    loss: LossFunction,
+    tx: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    seed: int = 0,
+    convert: Callable[[PyTree], PyTree] = _to_float32,
 ) -> jax.stages.Wrapped:
     """Returns the jitted step. It takes over the memory of the state it is given.
 
@@ -124,6 +144,7 @@ def make_train_step(
       micro_batches: Into how many parts the batch is divided, whose gradients are summed one after
         another in float32; divides the batch.
       seed: Seed of the stochastic rounding of bfloat16 weights.
+      convert: What the optimizer gets of the gradients.
 
     Returns:
       `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before the step)`.
@@ -131,7 +152,7 @@ def make_train_step(
 
     def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Float[Array, ""]]:
         value, grads = _value_and_grad(loss, state.params, tokens, micro_batches)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(convert(grads), state.opt_state, state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params = apollo_optax.apply_updates_stochastic(state.params, updates, key)
         return TrainState(state.step + 1, params, opt_state), value
@@ -142,11 +163,10 @@ def make_train_step(
 def _value_and_grad(
     loss: LossFunction, params: model.Params, tokens: Tokens, micro_batches: int
 ) -> tuple[Float[Array, ""], PyTree]:
-    """Mean loss of the batch and its float32 gradients."""
+    """Mean loss of the batch and its gradients; of several micro-batches in float32."""
     value_and_grad = jax.value_and_grad(loss)
     if micro_batches == 1:
-        value, grads = value_and_grad(params, tokens)
-        return value, _to_float32(grads)
+        return value_and_grad(params, tokens)
 
     def accumulate(total: PyTree, micro_batch: Tokens) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
@@ -155,10 +175,6 @@ def _value_and_grad(
     parts = tokens.reshape(micro_batches, -1, tokens.shape[-1])
     total, _ = jax.lax.scan(accumulate, (jnp.zeros([], jnp.float32), zeros), parts)
     return jax.tree.map(lambda x: x / micro_batches, total)
-
-
-def _to_float32(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def mean_loss(

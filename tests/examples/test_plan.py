@@ -46,7 +46,7 @@ def test_report_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "match"),
     [
         (["--device", "a100-80"], "a100-80gb"),
-        (["--mesh", "rows=2"], "allowed is data=N"),
+        (["--mesh", "rows=2"], "allowed are data=N"),
         (["--mesh", "data=3"], "3"),
         (["--weights", "int8"], "add --update layerwise"),
     ],
