@@ -92,18 +92,14 @@ def restore_state(checkpoints: ocp.CheckpointManager, abstract_state: TrainState
 
     Args:
       checkpoints: Where from.
-      abstract_state: ShapeDtypeStructs of the run's state; those without a sharding are put on the
-        first device.
+      abstract_state: ShapeDtypeStructs of the run's state, with the shardings it is to have.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device),
-        abstract_state,
-    )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(placed)))
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(abstract_state)))
     restored = checkpoints.restore(checkpoints.latest_step(), args=args).state
     return jax.tree.map(
-        lambda x, saved: saved if x.size else jnp.zeros(x.shape, x.dtype), placed, restored
+        lambda x, saved: saved if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding),
+        abstract_state,
+        restored,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "constrain",
     "devices_dividing_batch",
     "gathered",
+    "make_mesh",
     "param_shardings",
     "parse_mesh",
 ]
@@ -72,6 +73,23 @@ def parse_mesh(text: str) -> dict[str, int]:
             )
         sizes[name] = int(size)
     return {name: sizes.get(name, 1) for name in MESH_AXES}
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh of this process's devices with these sizes.
+
+    Raises:
+      ValueError: If the sizes do not multiply to the number of devices.
+    """
+    needed, present = math.prod(sizes.values()), jax.device_count()
+    if needed != present:
+        spelled = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"--mesh {spelled} has {needed} devices and there are {present}; choose sizes that "
+            f"multiply to it (several on one CPU: JAX_NUM_CPU_DEVICES={needed})"
+        )
+    automatic = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
 
 
 def devices_dividing_batch(sizes: Mapping[str, int]) -> int:

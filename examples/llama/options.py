@@ -110,6 +110,9 @@ class TrainingOptions:
       update: layerwise makes and uses up the gradient of one layer at a time, so that none of the
         whole model exists: far less memory, the same step. Without --clip and --micro-batches,
         which need all gradients at once.
+      mesh: Trains on all devices: data and fsdp divide the batch, fsdp the weights too, gathered a
+        layer at a time; tensor divides heads, feed-forward and vocabulary. The same training up to
+        the order of sums.
       evaluate_every: Steps between two evaluations; there is always one at the end.
       evaluation_batches: Batches of an evaluation, the same ones each time.
       seed: Seed of weights, data order, projections, stochastic rounding and text sample.
@@ -120,6 +123,7 @@ class TrainingOptions:
     sequence: Annotated[int | None, _default("INT", "256; nano: 128")] = None
     micro_batches: Annotated[int | None, _default("INT", "1; nano: 2")] = None
     update: Literal["standard", "layerwise"] = "standard"
+    mesh: Annotated[str | None, _default("data=N,fsdp=N,tensor=N", "the first device")] = None
     evaluate_every: Annotated[int | None, _default("INT", "a tenth of the steps")] = None
     evaluation_batches: int = 10
     seed: int = 0

@@ -1,5 +1,6 @@
 """Pre-trains a LLaMA: `python -m examples.llama.pretrain --help`."""
 
+import contextlib
 import dataclasses
 import platform
 import shlex
@@ -12,14 +13,22 @@ from typing import NamedTuple
 import jax
 import rich.console
 import tyro
+from jax.sharding import Mesh
 
 from examples.llama.config import MODELS, LlamaConfig, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
 from examples.llama.huggingface import load_llama
 from examples.llama.interruption import caught_signals
+from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
 from examples.llama.optimizers import make_optimizer
-from examples.llama.options import PretrainConfig, check_options, compared_optimizers, resolve
+from examples.llama.options import (
+    PretrainConfig,
+    RunSettings,
+    check_options,
+    compared_optimizers,
+    resolve,
+)
 from examples.llama.report import RunResult, draw_curves, results_table, write_results
 from examples.llama.run import (
     Evaluation,
@@ -80,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _answer("Aborted before the first step", exit_code=128 + signal.SIGINT)
     resuming = _resuming_command(arguments)
-    with caught_signals() as caught:
+    mesh = plan.runs[0].mesh
+    with caught_signals() as caught, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         try:
             results = train_all(plan, config, console, caught)
         except OSError as error:
@@ -133,13 +143,15 @@ def prepare(config: PretrainConfig) -> Plan:
         make_optimizer(each.optimizer)
     training_batches(text, settings[0]).close()
     batches = validation_batches(text, settings[0], max_batches=config.training.evaluation_batches)
+    mesh = _mesh(config, settings[0])
     evaluation = prepare_evaluation(
         settings[0],
         batches,
         every=config.training.evaluate_every or max(1, settings[0].steps // 10),
+        mesh=mesh,
     )
     runs = [
-        Run(each, folder / name if len(names) > 1 else folder, config.output.resume)
+        Run(each, folder / name if len(names) > 1 else folder, config.output.resume, mesh)
         for name, each in zip(names, settings, strict=True)
     ]
     runs = [run._replace(resume=has_checkpoint(run)) for run in runs]
@@ -153,6 +165,20 @@ def prepare(config: PretrainConfig) -> Plan:
 
 def _model_name(config: PretrainConfig) -> str:
     return config.model.name if config.model.load is None else config.model.load.name
+
+
+def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
+    if config.training.mesh is None:
+        return None
+    sizes = parse_mesh(config.training.mesh)
+    mesh = make_mesh(sizes)
+    parts, sequences = devices_dividing_batch(sizes), settings.batch // settings.micro_batches
+    if sequences % parts:
+        raise ValueError(
+            f"--mesh divides a micro-batch of {sequences} sequences into {parts}; choose --batch "
+            f"and --micro-batches that leave a multiple of {parts}"
+        )
+    return mesh
 
 
 def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenizer:

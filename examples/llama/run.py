@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import rich.console
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from apollo_optax.sharding import shardings_of
 from examples.llama import model, train
 from examples.llama.checkpoint import (
     differing_settings,
@@ -30,6 +32,7 @@ from examples.llama.checkpoint import (
 from examples.llama.generate import generate
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
+from examples.llama.mesh import batch_sharding, devices_dividing_batch, param_shardings
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
 from examples.llama.optimizers import learning_rate_schedule, make_optimizer
 from examples.llama.options import OutputOptions, RunSettings
@@ -58,11 +61,14 @@ class Run(NamedTuple):
       settings: All that decides its numbers.
       folder: Its checkpoints, metrics and result.
       resume: Whether to go on from what the folder holds.
+      mesh: The devices to train on, set by `jax.set_mesh` all along; None for the first. It does
+        not belong to the settings: a run may go on on another.
     """
 
     settings: RunSettings
     folder: Path
     resume: bool
+    mesh: Mesh | None = None
 
 
 class Evaluation(NamedTuple):
@@ -78,11 +84,15 @@ class Evaluation(NamedTuple):
 
 
 def prepare_evaluation(
-    settings: RunSettings, batches: Sequence[np.ndarray], *, every: int
+    settings: RunSettings, batches: Sequence[np.ndarray], *, every: int, mesh: Mesh | None = None
 ) -> Evaluation:
     """Returns the evaluation of a run, for all runs that differ from it in the optimizer only."""
     compiled = jax.jit(training(settings).loss)
-    return Evaluation(lambda params: train.mean_loss(compiled, params, batches), every)
+    if mesh is not None and len(batches[0]) % devices_dividing_batch(mesh.shape) == 0:
+        placed = jax.device_put(list(batches), batch_sharding(mesh))
+    else:
+        placed = list(batches)
+    return Evaluation(lambda params: train.mean_loss(compiled, params, placed), every)
 
 
 def training(settings: RunSettings) -> train.Training:
@@ -176,7 +186,7 @@ def train_run(
             )
         )
         kept = _Kept(checkpoints, write, show, options)
-        state, step_seconds = _take_steps(settings, start, evaluation, kept, stopped)
+        state, step_seconds = _take_steps(run, start, evaluation, kept, stopped)
     if int(state.step) < settings.steps:
         return None
     return _result(run, state, text, options, step_seconds)
@@ -203,13 +213,54 @@ def _start(run: Run, text: Text, checkpoints: ocp.CheckpointManager) -> _Start:
     init_state = training(settings).init_state
     batches = training_batches(text, settings)
     record = read_record(checkpoints) if run.resume else None
+    placement = _placement(run)
     if record is None:
-        # Placed as a restored state is, so that both compile to the same step.
-        state = jax.device_put(init_state(_initial_params(settings)), jax.devices()[0])
-        return _Start(state, batches, 0.0)
-    abstract_state = jax.eval_shape(lambda: init_state(_new_params(settings)))
+        params = _initial_params(run, placement)
+        # Donated, so that no second copy of the weights exists.
+        init = jax.jit(init_state, donate_argnums=0, out_shardings=placement.state)
+        return _Start(init(params), batches, 0.0)
     batches.set_state(record["batches"])
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(_new_params(settings))),
+        placement.state,
+    )
     return _Start(restore_state(checkpoints, abstract_state), batches, record["seconds"])
+
+
+class _Placement(NamedTuple):
+    """Where everything of a run lies.
+
+    Attributes:
+      params: The sharding of each parameter, as `model.init_params` returns it.
+      state: The sharding of each leaf of the state.
+      batch: Of the tokens of a step.
+      loss: Of its loss.
+    """
+
+    params: Any
+    state: Any
+    batch: Sharding
+    loss: Sharding
+
+
+def _placement(run: Run) -> _Placement:
+    shapes = jax.eval_shape(lambda: _new_params(run.settings))
+    init_state = training(run.settings).init_state
+    if run.mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        params, state = (
+            jax.tree.map(lambda _: device, tree)
+            for tree in (shapes, jax.eval_shape(init_state, shapes))
+        )
+        return _Placement(params, state, device, device)
+    params = param_shardings(run.mesh, shapes)
+    return _Placement(
+        params,
+        shardings_of(init_state, shapes, params),
+        batch_sharding(run.mesh),
+        NamedSharding(run.mesh, PartitionSpec()),
+    )
 
 
 # One compilation for all runs of a model.
@@ -225,14 +276,18 @@ def _new_params(settings: RunSettings) -> model.Params:
     )
 
 
-def _initial_params(settings: RunSettings) -> model.Params:
-    if settings.load is None:
+def _initial_params(run: Run, placement: _Placement) -> model.Params:
+    settings = run.settings
+    if settings.load is None and run.mesh is None:
         return _new_params(settings)
+    if settings.load is None:
+        return jax.jit(lambda: _new_params(settings), out_shardings=placement.params)()
     # In the host's memory: the float weights may not fit on the device.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         _, params = load_llama(settings.load)
         params = jax.tree.map(lambda leaf: leaf.astype(_FLOATS[settings.weights]), params)
-        return training(settings).keep(params)
+        params = training(settings).keep(params)
+    return jax.device_put(params, placement.params)
 
 
 class _Kept(NamedTuple):
@@ -244,22 +299,38 @@ class _Kept(NamedTuple):
     options: OutputOptions
 
 
-def _compile_step(settings: RunSettings, state: train.TrainState) -> jax.stages.Compiled:
-    tokens = jax.ShapeDtypeStruct((settings.batch, settings.sequence + 1), jnp.int32)
-    return training(settings).step.lower(state, tokens).compile()
+def _compile_step(run: Run, state: train.TrainState) -> Callable[..., Any]:
+    """Returns the compiled step of `(state, tokens)`; the tokens come from the host."""
+    settings, placement = run.settings, _placement(run)
+    tokens = jax.ShapeDtypeStruct(
+        (settings.batch, settings.sequence + 1), jnp.int32, sharding=placement.batch
+    )
+    step = jax.jit(
+        training(settings).step, donate_argnums=0, out_shardings=(placement.state, placement.loss)
+    )
+    compiled = step.lower(state, tokens).compile()
+    # On a CPU, the collectives of two steps in flight can wait for each other's threads.
+    one_at_a_time = run.mesh is not None and jax.default_backend() == "cpu"
+
+    def take_step(state: train.TrainState, tokens: np.ndarray) -> Any:
+        done = compiled(state, jax.device_put(tokens, placement.batch))
+        return jax.block_until_ready(done) if one_at_a_time else done
+
+    return take_step
 
 
 def _take_steps(
-    settings: RunSettings,
+    run: Run,
     start: _Start,
     evaluation: Evaluation,
     kept: _Kept,
     stopped: Callable[[], bool],
 ) -> tuple[train.TrainState, list[float]]:
     """Takes the steps that are left; returns the state and the seconds of each step."""
+    settings = run.settings
     state, batches, steps = start.state, start.batches, settings.steps
     log_every = kept.options.log_every or min(100, max(1, steps // 50))
-    train_step = _compile_step(settings, state)
+    train_step = _compile_step(run, state)
     step_metrics = _step_metrics(settings)
     losses: list[jax.Array] = []
     step_seconds: list[float] = []

@@ -94,6 +94,50 @@ def wrong_input(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) ->
     return captured.err
 
 
+MESHED = {
+    "apollo": ["--optimizer", "apollo", "--rank", "4", "--mesh", "data=2,fsdp=2,tensor=2"],
+    "adamw": ["--optimizer", "adamw", "--micro-batches", "2", "--mesh", "fsdp=2,tensor=4"],
+    "mini-layerwise": [
+        *("--optimizer", "apollo_mini", "--project-embeddings", "--update", "layerwise"),
+        *("--mesh", "data=2,fsdp=4"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", MESHED)
+def test_mesh_trains_and_resumes_as_one_device(name: str, command: Command, tmp_path: Path) -> None:
+    flags, sizes = MESHED[name], ["--batch", "8", "--checkpoint-every", "3"]
+    alone, meshed = tmp_path / "alone", tmp_path / "meshed"
+    one_device = flags[: flags.index("--mesh")]
+    assert run(command(alone, *one_device, *sizes))[0] == 0
+    assert run(command(meshed, *flags, *sizes))[0] == 0
+    for ours, theirs in zip(metrics(meshed), metrics(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    finished = checkpoint(meshed)
+    shutil.rmtree(meshed / "checkpoints" / str(STEPS))
+    (meshed / "result.json").unlink()
+    assert run(command(meshed, *flags, *sizes, "--resume"))[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(meshed), finished)
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--mesh", "data=3"], "data=3,fsdp=1,tensor=1 has 3 devices and there are 8"),
+        (["--mesh", "rows=8"], "allowed are data=N, fsdp=N and tensor=N"),
+        (["--mesh", "data=8"], "divides a micro-batch of 2 sequences into 8"),
+    ],
+)
+def test_mesh_that_does_not_fit_is_answered_in_one_line(
+    flags: list[str],
+    match: str,
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert match in wrong_input(command(tmp_path / "run", *flags), capsys)
+
+
 # bfloat16 weights depend on the step by their rounding, float32 ones by the projection.
 KINDS = {
     "apollo": ["--optimizer", "apollo", "--update-proj-gap", "2"],
