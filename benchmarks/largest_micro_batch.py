@@ -22,9 +22,14 @@ STEP = PlanConfig(
     model="7b", device="a100-80gb:8", mesh="data=8", remat=True, rank=256, largest_batch=True
 )
 SETTINGS = {
+    "AdamW": dataclasses.replace(STEP, optimizer="adamw"),
     "AdamW, bfloat16 moments": dataclasses.replace(STEP, optimizer="adamw", moments="bf16"),
     "APOLLO, r = 256": dataclasses.replace(STEP, optimizer="apollo"),
     "APOLLO-Mini": dataclasses.replace(STEP, optimizer="apollo_mini"),
+    "AdamW, layer by layer": dataclasses.replace(STEP, optimizer="adamw", update="layerwise"),
+    "APOLLO, r = 256, layer by layer": dataclasses.replace(
+        STEP, optimizer="apollo", update="layerwise"
+    ),
     "APOLLO-Mini, layer by layer": dataclasses.replace(
         STEP, optimizer="apollo_mini", update="layerwise"
     ),
@@ -32,23 +37,17 @@ SETTINGS = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Sequences a GPU, with the ratio to AdamW's, in Markdown."""
+    """Sequences a GPU, in Markdown."""
     lines = [
         "| optimizer | " + " | ".join(f"{sequence} tokens" for sequence in SEQUENCES) + " |",
         "| --- |" + " ---: |" * len(SEQUENCES),
     ]
-    batches = {
-        (name, sequence): row_of(rows, dataclasses.replace(setting, sequence=sequence))[
-            "largest_batch"
-        ]
-        for (name, setting), sequence in itertools.product(SETTINGS.items(), SEQUENCES)
-    }
-    first = next(iter(SETTINGS))
-    for name in SETTINGS:
-        cells = [
-            f"{batches[name, sequence]} ({batches[name, sequence] / batches[first, sequence]:.1f}x)"
+    for name, setting in SETTINGS.items():
+        batches = (
+            row_of(rows, dataclasses.replace(setting, sequence=sequence))["largest_batch"]
             for sequence in SEQUENCES
-        ]
+        )
+        cells = (f"{batch:,}" if batch else "none fits" for batch in batches)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

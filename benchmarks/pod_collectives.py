@@ -46,13 +46,16 @@ def setting(device: str, mesh: str, optimizer: OptimizerName) -> PlanConfig:
 
 def table(rows: Sequence[Row]) -> str:
     """Peaks, and collective bytes over SGD's, in Markdown."""
-    names = list(OPTIMIZERS.values())
+    heads = [
+        "slice",
+        "mesh",
+        *(f"peak, {name}" for name in OPTIMIZERS.values()),
+        "collectives, SGD",
+        *(f"{name} adds" for name in [*OPTIMIZERS.values()][1:]),
+    ]
     lines = [
-        "| slice | mesh | peak: "
-        + " | ".join(names)
-        + " | collectives: SGD |  | ".join(names[1:])
-        + " |",
-        "| --- | --- |" + " ---: |" * 6,
+        "| " + " | ".join(heads) + " |",
+        "| --- | --- |" + " ---: |" * (len(heads) - 2),
     ]
     for device, meshes in MESHES.items():
         for mesh in meshes:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from apollo_optax import layerwise, quantization
 from examples.llama import mesh, model
 from examples.llama.config import LlamaConfig
-from examples.llama.train import Tokens, Training, TrainState, unchanged
+from examples.llama.train import Tokens, Training, TrainState, in_float32, unchanged
 
 __all__ = [
     "join_params",
@@ -116,23 +116,26 @@ def layered_training(
     dtype: DTypeLike,
     seed: int = 0,
     rounding: Literal["stochastic", "nearest"] = "stochastic",
+    float32_moments: bool = False,
 ) -> Training:
     """Returns training layer by layer: no gradient of the whole model exists.
 
     Args:
       config: The model's shape.
-      tx: An optimizer that `layerwise.init` accepts; its moments have the dtypes it gives them for
-        weights as `weight_format` reads them.
+      tx: An optimizer that `layerwise.init` accepts.
       weights: How the weights are kept; int8 in groups of 128.
       dtype: Dtype of the matrix products.
       seed: Seed of the stochastic rounding.
       rounding: Of bfloat16 and int8 weights; "nearest" loses small updates, and is there to compare
         with.
+      float32_moments: Whether the optimizer is run `in_float32`, which costs a float32 gradient of
+        a layer. APOLLO's moments are float32 without it.
 
     Returns:
       Training whose parameters are those of `split_params`, the matrices quantized if int8.
     """
     layered = layered_model(config, dtype=dtype)
+    tx = in_float32(tx) if float32_moments else tx
     written = weight_format(weights, dtype=dtype, rounding=rounding)
     step = layerwise.make_step(layered, tx, weights=written)
 

@@ -14,6 +14,7 @@ import apollo_optax
 __all__ = [
     "DEFAULT_ALPHAS",
     "DEFAULT_LEARNING_RATES",
+    "FLOAT32_MOMENTS",
     "OPTIMIZERS",
     "OptimizerName",
     "OptimizerSettings",
@@ -39,6 +40,9 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
 
 DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
 """What each paper multiplies the updates of projected matrices by."""
+
+FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini")
+"""Optimizers whose moments are float32 whatever the weights are."""
 
 OPTIMIZERS: tuple[OptimizerName, ...] = tuple(DEFAULT_LEARNING_RATES)  # type: ignore[arg-type]
 

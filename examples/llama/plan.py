@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ from examples.llama.mesh import (
 )
 from examples.llama.optimizers import (
     DEFAULT_LEARNING_RATES,
+    FLOAT32_MOMENTS,
     OptimizerName,
     OptimizerSettings,
     make_optimizer,
@@ -32,7 +34,7 @@ from examples.llama.optimizers import (
 from examples.llama.options import ModelName, Weights
 from examples.llama.train import Training, standard_training
 
-__all__ = ["PlanConfig", "main", "plan_report", "plan_step"]
+__all__ = ["PlanConfig", "argument_bytes", "main", "plan_report", "plan_step", "weight_bytes"]
 
 _PROGRAM = "python -m examples.llama.plan"
 _WEIGHTS: dict[str, DTypeLike] = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.float32}
@@ -49,8 +51,8 @@ class PlanConfig:
       device: The chips, such as a100-80gb:8, rtx-4060-8gb, tpu-v5e:1x1, tpu-v5e:16x16 or local.
       optimizer: APOLLO's, or one of Optax's; sgd without momentum.
       weights: Dtype of the weights; int8 goes with --update layerwise.
-      moments: f32 as pretrain has them; bf16 as Optax makes them of bf16 weights, and as layerwise
-        has them for bf16 and int8 weights. Those of apollo's projections are f32 in any case.
+      moments: f32 as pretrain has them, or bf16 as Optax makes them of bf16 weights. Those of
+        apollo and apollo_mini are f32 in any case.
       update: layerwise makes and uses up the gradient of one layer at a time.
       mesh: Axes of the device mesh and their sizes. data and fsdp divide the batch, fsdp the
         weights too, gathered a layer at a time; tensor divides heads, feed-forward and vocabulary.
@@ -109,9 +111,7 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
     asked = dataclasses.asdict(config)
     del asked["json"], asked["largest_batch"]
     report = asked | plan.as_dict()
-    report["weight_bytes"] = round(
-        parameter_count(MODELS[config.model]) * _BYTES_A_WEIGHT[config.weights]
-    )
+    report["weight_bytes"] = weight_bytes(config)
     report["collective_bytes"] = plan.collective_bytes
     if config.largest_batch:
         report["largest_batch"] = _largest_batch(config)
@@ -135,6 +135,20 @@ def plan_step(config: PlanConfig) -> planning.Plan:
     mesh = _mesh(config)
     step, args = _step(config, mesh, config.batch)
     return planning.compile_for(config.device, step, *args, mesh=mesh)
+
+
+def weight_bytes(config: PlanConfig) -> int:
+    """Returns the bytes of the whole model's weights."""
+    return round(parameter_count(MODELS[config.model]) * _BYTES_A_WEIGHT[config.weights])
+
+
+def argument_bytes(config: PlanConfig) -> int:
+    """Returns the bytes of a device's weights, optimizer state and batch; nothing is compiled."""
+    _, args = _step(config, _mesh(config), config.batch)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(args)
+    )
 
 
 def _largest_batch(config: PlanConfig) -> int:
@@ -198,7 +212,13 @@ def _training(config: PlanConfig) -> Training:
     )
     dtype = jnp.float32 if config.weights == "f32" else jnp.bfloat16
     if config.update == "layerwise":
-        return layered_training(shape, tx, weights=config.weights, dtype=dtype)
+        return layered_training(
+            shape,
+            tx,
+            weights=config.weights,
+            dtype=dtype,
+            float32_moments=config.moments == "f32" and config.optimizer not in FLOAT32_MOMENTS,
+        )
     if config.weights == "int8":
         raise ValueError("int8 weights are trained layer by layer; add --update layerwise")
     return standard_training(

@@ -34,7 +34,7 @@ from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
 from examples.llama.mesh import batch_sharding, devices_dividing_batch, param_shardings
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
-from examples.llama.optimizers import learning_rate_schedule, make_optimizer
+from examples.llama.optimizers import FLOAT32_MOMENTS, learning_rate_schedule, make_optimizer
 from examples.llama.options import OutputOptions, RunSettings
 from examples.llama.progress import Progress, show_progress
 from examples.llama.report import RunResult
@@ -100,7 +100,12 @@ def training(settings: RunSettings) -> train.Training:
     tx, dtype = make_optimizer(settings.optimizer), _DTYPES[settings.compute]
     if settings.update == "layerwise":
         return layered_training(
-            settings.model, tx, weights=settings.weights, dtype=dtype, seed=settings.seed
+            settings.model,
+            tx,
+            weights=settings.weights,
+            dtype=dtype,
+            seed=settings.seed,
+            float32_moments=settings.optimizer.name not in FLOAT32_MOMENTS,
         )
     return train.standard_training(
         settings.model,

@@ -18,6 +18,7 @@ from examples.llama.config import LlamaConfig
 __all__ = [
     "TrainState",
     "Training",
+    "in_float32",
     "init_state",
     "make_loss",
     "make_train_step",
@@ -79,14 +80,13 @@ def standard_training(
 ) -> Training:
     """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`.
 
-    Without `float32_moments` the optimizer gets bfloat16 weights and gradients as they are.
+    With `float32_moments` the optimizer is run `in_float32`.
     """
-    convert = _to_float32 if float32_moments else unchanged
+    tx = in_float32(tx) if float32_moments else tx
     loss = make_loss(config, dtype=dtype, remat=remat)
-    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed, convert=convert)
-    start = functools.partial(init_state, tx, convert=convert)
+    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed)
     logits = functools.partial(model.forward, config, dtype=dtype)
-    return Training(unchanged, start, step, loss, logits, unchanged)
+    return Training(unchanged, functools.partial(init_state, tx), step, loss, logits, unchanged)
 
 
 def unchanged(params: model.Params) -> model.Params:
@@ -94,19 +94,32 @@ def unchanged(params: model.Params) -> model.Params:
     return params
 
 
-def _to_float32(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Shows `tx` weights and gradients in float32, whatever they are kept in.
+
+    Optax's moments have the weights' dtype. In bfloat16 a second moment cannot follow: what a step
+    adds to it is less than half of its last bit.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def to_float32(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params: PyTree) -> optax.OptState:
+        return inner.init(to_float32(params))
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, optax.OptState]:
+        params = None if params is None else to_float32(params)
+        return inner.update(to_float32(updates), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def init_state(
-    tx: optax.GradientTransformation,
-    params: model.Params,
-    *,
-    convert: Callable[[PyTree], PyTree] = _to_float32,
-) -> TrainState:
-    """Returns the state before the first step, for weights as `convert` makes them."""
-    opt_state = jax.jit(lambda params: tx.init(convert(params)))(params)
-    return TrainState(jnp.zeros([], jnp.int32), params, opt_state)
+def init_state(tx: optax.GradientTransformation, params: model.Params) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(tx.init)(params))
 
 
 def make_loss(config: LlamaConfig, *, dtype: DTypeLike, remat: bool) -> LossFunction:
@@ -134,7 +147,6 @@ def make_train_step(
     *,
     micro_batches: int = 1,
     seed: int = 0,
-    convert: Callable[[PyTree], PyTree] = _to_float32,
 ) -> jax.stages.Wrapped:
     """Returns the jitted step. It takes over the memory of the state it is given.
 
@@ -144,7 +156,6 @@ def make_train_step(
       micro_batches: Into how many parts the batch is divided, whose gradients are summed one after
         another in float32; divides the batch.
       seed: Seed of the stochastic rounding of bfloat16 weights.
-      convert: What the optimizer gets of the gradients.
 
     Returns:
       `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before the step)`.
@@ -152,7 +163,7 @@ def make_train_step(
 
     def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Float[Array, ""]]:
         value, grads = _value_and_grad(loss, state.params, tokens, micro_batches)
-        updates, opt_state = tx.update(convert(grads), state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params = apollo_optax.apply_updates_stochastic(state.params, updates, key)
         return TrainState(state.step + 1, params, opt_state), value

@@ -6,7 +6,12 @@ import pytest
 from examples.llama import model
 from examples.llama.config import LlamaConfig
 from examples.llama.layered import join_params, layered_model, layered_training, split_params
-from examples.llama.optimizers import OPTIMIZERS, OptimizerSettings, make_optimizer
+from examples.llama.optimizers import (
+    FLOAT32_MOMENTS,
+    OPTIMIZERS,
+    OptimizerSettings,
+    make_optimizer,
+)
 from examples.llama.train import make_loss, standard_training
 
 CONFIG = LlamaConfig(
@@ -81,6 +86,24 @@ def test_layerwise_training_is_the_standard_training(name):
     np.testing.assert_allclose(
         layered.loss(states[1].params, TOKENS), standard.loss(states[0].params, TOKENS), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["adamw", "apollo_mini"])
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_moments_are_float32_whatever_the_weights_are(name, weights):
+    tx = make_optimizer(OptimizerSettings(name, 1e-3, total_steps=10))
+    training = layered_training(
+        CONFIG,
+        tx,
+        weights=weights,
+        dtype=jnp.bfloat16,
+        float32_moments=name not in FLOAT32_MOMENTS,
+    )
+    dtype = jnp.bfloat16 if weights == "bf16" else jnp.float32
+    params = model.init_params(CONFIG, 0, param_dtype=dtype, convert=training.keep)
+    state, _ = training.step(training.init_state(params), TOKENS)
+    floats = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
 
 
 def test_int8_weights_train_and_stay_int8():
