@@ -27,9 +27,6 @@ SETTINGS = {
     "APOLLO, r = 256": dataclasses.replace(STEP, optimizer="apollo"),
     "APOLLO-Mini": dataclasses.replace(STEP, optimizer="apollo_mini"),
     "AdamW, layer by layer": dataclasses.replace(STEP, optimizer="adamw", update="layerwise"),
-    "APOLLO, r = 256, layer by layer": dataclasses.replace(
-        STEP, optimizer="apollo", update="layerwise"
-    ),
     "APOLLO-Mini, layer by layer": dataclasses.replace(
         STEP, optimizer="apollo_mini", update="layerwise"
     ),

@@ -4,8 +4,8 @@
 
 Compiles the step with fully sharded data parallelism, alone, with tensor parallelism, and over two
 slices, at 1 x 2048 tokens a device (a group of devices with tensor parallelism), and adds a row for
-each mesh and optimizer to `results/pod_collectives.json`; an hour on two cores. Prints the table of
-the documentation.
+each mesh and optimizer to `results/pod_collectives.json`; an hour on two cores. Prints the README's
+table.
 """
 
 import itertools

@@ -10,15 +10,27 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import cpu_memory_cap, peak_memory, quantized_training
+from benchmarks import (
+    cpu_memory_cap,
+    data_parallel_13b,
+    largest_micro_batch,
+    peak_memory,
+    pod_collectives,
+    quantized_training,
+    smallest_slice,
+)
 from benchmarks.rows import RESULTS, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "cpu_memory_cap": cpu_memory_cap.table,
+    "data_parallel_13b": data_parallel_13b.table,
+    "largest_micro_batch": largest_micro_batch.table,
     "peak_memory": peak_memory.table,
+    "pod_collectives": pod_collectives.table,
     "quantized_training": quantized_training.table,
+    "smallest_slice": smallest_slice.table,
 }
 _PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 

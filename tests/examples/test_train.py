@@ -52,7 +52,8 @@ def test_micro_batches_take_the_step_of_the_whole_batch(micro_batches: int) -> N
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_bfloat16_weights_have_float32_moments_and_stay_bfloat16(micro_batches: int) -> None:
-    state, _ = one_step(optax.adamw(1e-3), dtype=jnp.bfloat16, micro_batches=micro_batches)
+    tx = train.in_float32(optax.adamw(1e-3))
+    state, _ = one_step(tx, dtype=jnp.bfloat16, micro_batches=micro_batches)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
     assert state.opt_state[0].nu["w"].dtype == jnp.float32
 
