@@ -21,6 +21,7 @@ from apollo_optax import (
     apollo,
     apollo_mini,
     apply_updates_stochastic,
+    limit_norm_growth,
     planning,
     quantization,
     scale_by_apollo,
@@ -107,6 +108,8 @@ OPTIMIZERS = {
     "partition": lambda: optax.partition(
         {"apollo": apollo(1e-3, 4), "adam": optax.adam(1e-3)}, {"kernel": "apollo", "bias": "adam"}
     ),
+    "svd": lambda: apollo(1e-3, 4, projection=svd),
+    "limited": lambda: optax.chain(optax.scale_by_adam(), limit_norm_growth(), optax.scale(-1e-3)),
     "adafactor": lambda: optax.adafactor(1e-3, min_dim_size_to_factor=32),
     "muon": lambda: optax.contrib.muon(1e-3),
     "lion": lambda: optax.lion(1e-3),
