@@ -246,7 +246,8 @@ def init_params(
 
     Args:
       config: The model's shape.
-      seed: Of the draw.
+      seed: Of the draw. With a known number instead of an argument of the jitted program, XLA draws
+        all layers ahead of the loop.
       param_dtype: Dtype of the parameters.
       convert: Applied to one layer at a time and to the rest, such as a quantization. No more of
         the blocks than a layer exists before it.

@@ -272,10 +272,10 @@ def _placement(run: Run) -> _Placement:
 _init_params = jax.jit(model.init_params, static_argnames=("config", "param_dtype", "convert"))
 
 
-def _new_params(settings: RunSettings) -> model.Params:
+def _new_params(settings: RunSettings, seed: int | jax.Array | None = None) -> model.Params:
     return _init_params(
         settings.model,
-        settings.seed,
+        settings.seed if seed is None else seed,
         param_dtype=_FLOATS[settings.weights],
         convert=training(settings).keep,
     )
@@ -286,7 +286,10 @@ def _initial_params(run: Run, placement: _Placement) -> model.Params:
     if settings.load is None and run.mesh is None:
         return _new_params(settings)
     if settings.load is None:
-        return jax.jit(lambda: _new_params(settings), out_shardings=placement.params)()
+        new_params = jax.jit(
+            lambda seed: _new_params(settings, seed), out_shardings=placement.params
+        )
+        return new_params(settings.seed)
     # In the host's memory: the float weights may not fit on the device.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         _, params = load_llama(settings.load)

@@ -1,8 +1,12 @@
 import json
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from apollo_optax import planning, quantization
+from examples.llama import model
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.plan import main
 
@@ -40,6 +44,19 @@ def test_report_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert "LLaMA-nano, apollo_mini, bf16 weights, standard update" in output
     assert "fits" in output
     assert "largest batch" not in output
+
+
+@pytest.mark.planning
+@pytest.mark.parametrize("device", ["rtx-4060-8gb", "tpu-v5e"])
+def test_7b_begins_where_its_int8_step_fits(device: str) -> None:
+    def begin(seed: jax.Array) -> model.Params:
+        return model.init_params(MODELS["7b"], seed, convert=quantization.quantize)
+
+    plan = planning.compile_for(device, begin, jax.ShapeDtypeStruct((), jnp.int32))
+    assert plan.output_bytes is not None
+    # The embedding and the head are drawn in float32, and no more of the blocks than a layer.
+    assert plan.fits
+    assert plan.peak_bytes < 1.1 * plan.output_bytes
 
 
 @pytest.mark.parametrize(
