@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray, PyTree
 from apollo_optax._arguments import require_one_of, require_positive_integer
 from apollo_optax._matrices import ApolloDimensionNumbers, transformer_dimension_numbers
 from apollo_optax._paths import Path, named_leaves, spell
+from apollo_optax._placement import call_on_automatic_axes
 from apollo_optax._rounding import add_stochastically, leaf_key, require_shape_of_parameter
 
 try:
@@ -211,7 +212,8 @@ def dequantize(params: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyT
         if leaf.zero_point is not None or leaf.qtype not in _INT8:
             weights = qwix.dequantize(leaf)
             return weights if dtype is None else weights.astype(dtype)
-        return _dequantize_leaf(leaf, dtype or leaf.scale.dtype)
+        as_dtype = functools.partial(_dequantize_leaf, dtype=dtype or leaf.scale.dtype)
+        return call_on_automatic_axes(as_dtype, leaf, like=leaf.qvalue)
 
     return jax.tree.map(to_float, params, is_leaf=_is_quantized)
 
@@ -282,9 +284,8 @@ def apply_updates(
             require_shape_of_parameter(path, update, param.shape)
             return (param + update).astype(param.dtype)
         _require_trainable(path, param, update)
-        return _add_to_quantized(
-            param, update, leaf_key(key, path) if rounding == "stochastic" else None
-        )
+        of_leaf = leaf_key(key, path) if rounding == "stochastic" else None
+        return call_on_automatic_axes(_add_to_quantized, param, update, of_leaf, like=param)
 
     added = [add(path, param, u) for (path, param), u in zip(named, given, strict=True)]
     return treedef.unflatten(added)
@@ -330,7 +331,7 @@ def _to_nearest(weights: Float[Array, "*leaf"], scale_shape: tuple[int, ...]) ->
     return QArray(steps.reshape(weights.shape), scale.reshape(scale_shape))
 
 
-@functools.partial(_compiled, static_argnums=1)
+@functools.partial(_compiled, static_argnames="dtype")
 def _dequantize_leaf(leaf: QArray, dtype: jax.typing.DTypeLike) -> Float[Array, "*leaf"]:
     split_shape, entry_axes = _split(leaf.shape, leaf.scale.shape)
     # Between the barriers the product is one fusion. XLA's TPU compiler would write a scale for
