@@ -140,7 +140,9 @@ def test_state_of_any_chain_is_placed_and_stays_there(name, axis_type):
         return  # Optax's Muon multiplies matrices in ways that are ambiguous there
     # An update keeps its shardings by itself, but for singular vectors, where with automatic axes
     # the compiler has its own mind and has to be told.
-    told = {"out_shardings": (jax.tree.map(lambda p: p.sharding, params), shardings)}
+    told: dict[str, Any] = {
+        "out_shardings": (jax.tree.map(lambda p: p.sharding, params), shardings)
+    }
     told = told if name == "svd" and axis_type is AxisType.Auto else {}
     with jax.set_mesh(mesh):
         _, updated = jax.jit(tx.update, **told)(arrays, state, arrays)
