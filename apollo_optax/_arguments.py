@@ -49,11 +49,14 @@ def require_number(
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
-def require_one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is one of the strings in `allowed`."""
+def require_one_of(name: str, value: Any, allowed: Iterable[str], *, otherwise: str = "") -> None:
+    """Raises ValueError unless `value` is one of the strings in `allowed`.
+
+    `otherwise` says what else the caller takes.
+    """
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {allowed}{otherwise}, got {value!r}.")
 
 
 def require_callable(name: str, value: Any, signature: str) -> None:

@@ -41,7 +41,7 @@ def apollo(
       rank: Rows of the projection. The paper takes a quarter of the hidden size.
       update_proj_gap: Steps between two projections.
       scale: The paper's alpha: 1, or 1/2 from 1B parameters.
-      granularity: "channel" or "tensor".
+      granularity: "channel", "tensor" or a function, see `scale_by_apollo`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.

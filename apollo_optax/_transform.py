@@ -42,7 +42,9 @@ from apollo_optax._projection import (
     svd,
 )
 
-Granularity = Literal["channel", "tensor"]
+# (R_tilde, R), both (rank, *channel), to one factor a channel.
+ScalingRule = Callable[[Array, Array], Array]
+Granularity = Literal["channel", "tensor"] | ScalingRule
 
 # Where the published update adds 1e-8 to a norm.
 _NORM_EPS = 1e-8
@@ -111,7 +113,11 @@ def _check_settings(settings: _Settings) -> None:
     require_positive_integer("rank", settings.rank)
     require_positive_integer("update_proj_gap", settings.update_proj_gap)
     require_number("scale", settings.scale, above=0)
-    require_one_of("granularity", settings.granularity, ("channel", "tensor"))
+    if not callable(settings.granularity):
+        otherwise = " or a function (R_tilde, R) -> factors"
+        require_one_of(
+            "granularity", settings.granularity, ("channel", "tensor"), otherwise=otherwise
+        )
     require_number("b1", settings.b1, at_least=0, below=1)
     require_number("b2", settings.b2, at_least=0, below=1)
     require_number("eps", settings.eps, above=0)
@@ -177,6 +183,7 @@ def _init_leaf(leaf: Any, axes: MatrixAxes | None, settings: _Settings) -> _Leaf
     )
     if axes is None:
         return moments
+    _check_scaling_rule(settings.granularity, shape[len(axes.batch) :], dtype)
     *batch_shape, capped_rank, dim = projection_shape(leaf.shape, axes, settings.rank)
     device = matrices_placement(on_mesh, leaf.shape, axes)
     moments = moments._replace(norm=jnp.zeros(batch_shape, dtype, device=device))
@@ -186,6 +193,23 @@ def _init_leaf(leaf: Any, axes: MatrixAxes | None, settings: _Settings) -> _Leaf
         return moments._replace(projection=kept)
     check_projection(settings.draw, capped_rank, dim)
     return moments
+
+
+def _check_scaling_rule(granularity: Granularity, shape: tuple[int, ...], dtype: Any) -> None:
+    if not callable(granularity):
+        return
+    R = jax.ShapeDtypeStruct(shape, dtype)
+    factors = jax.eval_shape(granularity, R, R)
+    try:
+        fits = jnp.broadcast_shapes(factors.shape, shape[1:]) == shape[1:]
+        fits = fits and jnp.issubdtype(factors.dtype, jnp.floating)
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"granularity returned {factors!r} for R_tilde and R of shape {shape}; expected "
+            f"floating factors that broadcast to the channels, {shape[1:]}."
+        )
 
 
 class _Clock(NamedTuple):
@@ -260,11 +284,9 @@ def _update_matrix(
     rank_axis = len(axes.batch)
     channel_axes = tuple(range(rank_axis, rank_axis + len(axes.channel)))
     squared_norm = sum_of_squares_per_channel(G, axes)
-    scaled_axes: tuple[int, ...] = (rank_axis,)
     if settings.granularity == "tensor":
-        scaled_axes = tuple(range(rank_axis, R.ndim))
         squared_norm, channel_axes = jnp.sum(squared_norm, axis=channel_axes), ()
-    scaling = _norm(R_tilde, scaled_axes) / (_norm(R, scaled_axes) + _NORM_EPS)
+    scaling = _scaling(R_tilde, R, settings.granularity, rank_axis)
 
     norm = jnp.sqrt(jnp.sum(jnp.square(scaling) * squared_norm, axis=channel_axes))
     divisor, remembered = limited_norm(norm, state.norm, settings.norm_growth_limit)
@@ -273,6 +295,25 @@ def _update_matrix(
     factor = scaling * jnp.expand_dims(per_matrix, channel_axes)
     update = G * broadcast_to_leaf(factor, axes)
     return update.astype(G.dtype), _LeafState(mu.astype(state.mu.dtype), nu, remembered)
+
+
+def _scaling(
+    R_tilde: Float[Array, "..."],
+    R: Float[Array, "..."],
+    granularity: Granularity,
+    rank_axis: int,
+) -> Float[Array, "..."]:
+    """The structured learning rates: one a channel, or one a matrix for "tensor"."""
+    if callable(granularity):
+
+        def rule(R_tilde: Array, R: Array) -> Array:
+            return jnp.broadcast_to(granularity(R_tilde, R), R.shape[1:]).astype(R.dtype)
+
+        for _ in range(rank_axis):
+            rule = jax.vmap(rule)
+        return rule(R_tilde, R)
+    axes = (rank_axis,) if granularity == "channel" else tuple(range(rank_axis, R.ndim))
+    return _norm(R_tilde, axes) / (_norm(R, axes) + _NORM_EPS)
 
 
 def _update_leaf(
@@ -360,7 +401,8 @@ def scale_by_apollo(
       scale: The paper's alpha, multiplying the updates of matrices: 1 for APOLLO, sqrt(128) for
         APOLLO-Mini.
       granularity: "channel": one factor per index of the larger side. "tensor": one factor a
-        matrix.
+        matrix. Or a function of R~ and R, float32 `(min(rank, m), *channel)` of one matrix, that
+        returns factors which broadcast to the channels.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.

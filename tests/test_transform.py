@@ -142,6 +142,42 @@ def test_reduction_axis_is_projected_on_a_tie():
     np.testing.assert_allclose(transposed[0], kernel[0].T, rtol=1e-5)
 
 
+def norm_of_each_channel(R_tilde, R):
+    return jnp.linalg.norm(R_tilde, axis=0) / (jnp.linalg.norm(R, axis=0) + 1e-8)
+
+
+def norm_of_all(R_tilde, R):
+    return jnp.linalg.norm(R_tilde) / (jnp.linalg.norm(R) + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "rule"), [("channel", norm_of_each_channel), ("tensor", norm_of_all)]
+)
+@pytest.mark.parametrize("spec", [None, STACKED])
+def test_granularity_may_be_a_function_of_each_matrix(granularity, rule, spec):
+    shape = (6, 9) if spec is None else (3, 6, 9)
+    grads = [normal(*shape, seed=seed) for seed in range(4)]
+    arguments = {"rank": 4, "weight_dimension_numbers": spec}
+    named, named_state = run(scale_by_apollo(granularity=granularity, **arguments), grads)
+    ruled, ruled_state = run(scale_by_apollo(granularity=rule, **arguments), grads)
+    chex.assert_trees_all_close(named, ruled, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(named_state, ruled_state, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda R_tilde, R: jnp.ones((5,)),
+        lambda R_tilde, R: R,
+        lambda R_tilde, R: jnp.ones((9,), jnp.int32),
+        lambda R_tilde, R: (R, R),
+    ],
+)
+def test_granularity_of_another_shape_is_refused_at_init(rule):
+    with pytest.raises(ValueError, match="granularity returned .* broadcast to the channels"):
+        scale_by_apollo(4, granularity=rule).init(jnp.zeros((6, 9)))
+
+
 def test_rank_is_capped_at_the_smaller_side():
     state = scale_by_apollo(100).init({"w": jnp.zeros((6, 9))})
     assert state.mu["w"].shape == (6, 9)
