@@ -47,7 +47,9 @@ def _locked(path: Path) -> Iterator[None]:
 def add_row(path: Path, command: str, row: Row) -> None:
     """Adds a row, so that runs side by side and interrupted ones lose nothing."""
     with _locked(path):
-        content = {"command": command, "machine": machine(), "rows": [*read_rows(path), row]}
+        # A line a row: some are long, and a difference should show what was added.
+        rows = ",\n".join(json.dumps(row) for row in [*read_rows(path), row])
+        about = json.dumps({"command": command, "machine": machine()}, indent=1)
         complete = path.with_suffix(".tmp")
-        complete.write_text(json.dumps(content, indent=1) + "\n")
+        complete.write_text(about.removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
         complete.replace(path)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from apollo_optax import layerwise, quantization
 from examples.llama import mesh, model
 from examples.llama.config import LlamaConfig
-from examples.llama.train import Tokens, Training, TrainState, in_float32, unchanged
+from examples.llama.train import Rounding, Tokens, Training, TrainState, in_float32, unchanged
 
 __all__ = [
     "join_params",
@@ -92,7 +92,7 @@ def weight_format(
     weights: Literal["f32", "bf16", "int8"],
     *,
     dtype: DTypeLike,
-    rounding: Literal["stochastic", "nearest"] = "stochastic",
+    rounding: Rounding = "stochastic",
 ) -> layerwise.WeightFormat:
     """Returns how a layer-wise step reads and writes weights that are kept as `weights`.
 
@@ -115,7 +115,7 @@ def layered_training(
     weights: Literal["f32", "bf16", "int8"],
     dtype: DTypeLike,
     seed: int = 0,
-    rounding: Literal["stochastic", "nearest"] = "stochastic",
+    rounding: Rounding = "stochastic",
     float32_moments: bool = False,
 ) -> Training:
     """Returns training layer by layer: no gradient of the whole model exists.

@@ -1,4 +1,4 @@
-"""The optimizers to compare: APOLLO's two and five of Optax's, behind one set of settings."""
+"""The optimizers to compare: APOLLO's two and six of Optax's, behind one set of settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,19 +18,24 @@ __all__ = [
     "OPTIMIZERS",
     "OptimizerName",
     "OptimizerSettings",
+    "ProjectionName",
     "decayed_leaves",
     "learning_rate_schedule",
     "make_optimizer",
     "unstack_blocks",
 ]
 
-OptimizerName = Literal["apollo", "apollo_mini", "adamw", "adafactor", "muon", "galore", "sgd"]
+OptimizerName = Literal[
+    "apollo", "apollo_mini", "adamw", "adafactor", "lion", "muon", "galore", "sgd"
+]
+ProjectionName = Literal["gaussian", "rademacher", "svd"]
 
 DEFAULT_LEARNING_RATES: dict[str, float] = {
     "apollo": 2e-2,
     "apollo_mini": 4e-2,
     "adamw": 2e-3,
     "adafactor": 1e-2,
+    "lion": 4e-4,
     "muon": 1e-2,
     "galore": 1e-2,
     "sgd": 1e-1,
@@ -61,7 +66,11 @@ class OptimizerSettings:
       clip: Largest global norm of the gradients; 0 for no clipping.
       rank: Rows of the projection (`apollo`, `galore`).
       alpha: Factor of projected matrices' updates (`apollo`, `apollo_mini`, `galore`).
+      granularity: What shares a factor (`apollo`): "channel" or "tensor".
       update_proj_gap: Steps between two projections (`apollo`, `apollo_mini`, `galore`).
+      projection: What P is drawn as (`apollo`, `apollo_mini`).
+      norm_growth_limit: Largest ratio of the norms of consecutive updates (`apollo`,
+        `apollo_mini`); None for no limit.
       project_embeddings: Whether `apollo`, `apollo_mini`, `galore` and `muon` treat the embedding
         and the head as they do the other matrices, instead of training them with Adam.
       momentum: Decay of the sum of past gradients (`sgd`); 0 keeps none, and no state.
@@ -77,7 +86,10 @@ class OptimizerSettings:
     clip: float = 0.0
     rank: int = 256
     alpha: float = 1.0
+    granularity: Literal["channel", "tensor"] = "channel"
     update_proj_gap: int = 200
+    projection: ProjectionName = "gaussian"
+    norm_growth_limit: float | None = 1.01
     project_embeddings: bool = False
     momentum: float = 0.0
     seed: int = 0
@@ -151,10 +163,8 @@ def _apollo(
         settings.rank,
         settings.update_proj_gap,
         settings.alpha,
-        key=settings.seed,
-        weight_dimension_numbers=_matrices(settings, apollo_optax.ApolloDimensionNumbers),
-        weight_decay=settings.weight_decay,
-        mask=decayed_leaves,
+        settings.granularity,
+        **_apollo_arguments(settings),
     )
 
 
@@ -165,11 +175,19 @@ def _apollo_mini(
         learning_rate,
         settings.update_proj_gap,
         settings.alpha,
-        key=settings.seed,
-        weight_dimension_numbers=_matrices(settings, apollo_optax.ApolloDimensionNumbers),
-        weight_decay=settings.weight_decay,
-        mask=decayed_leaves,
+        **_apollo_arguments(settings),
     )
+
+
+def _apollo_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    return {
+        "norm_growth_limit": settings.norm_growth_limit,
+        "projection": getattr(apollo_optax, settings.projection),
+        "key": settings.seed,
+        "weight_dimension_numbers": _matrices(settings, apollo_optax.ApolloDimensionNumbers),
+        "weight_decay": settings.weight_decay,
+        "mask": decayed_leaves,
+    }
 
 
 def _adamw(
@@ -187,6 +205,12 @@ def _adafactor(
         weight_decay_rate=lambda count: settings.weight_decay * learning_rate(count),
         weight_decay_mask=decayed_leaves,
     )
+
+
+def _lion(
+    settings: OptimizerSettings, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return optax.lion(learning_rate, weight_decay=settings.weight_decay, mask=decayed_leaves)
 
 
 def _muon(
@@ -232,6 +256,7 @@ _CONSTRUCTORS: dict[
     "apollo_mini": _apollo_mini,
     "adamw": _adamw,
     "adafactor": _adafactor,
+    "lion": _lion,
     "muon": _muon,
     "galore": _galore,
     "sgd": _sgd,

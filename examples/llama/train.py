@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from examples.llama import model
 from examples.llama.config import LlamaConfig
 
 __all__ = [
+    "Rounding",
     "TrainState",
     "Training",
     "in_float32",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 Tokens = Int32[Array, "batch sequence_and_next"]
+Rounding = Literal["stochastic", "nearest"]
 LossFunction = Callable[[model.Params, Any], Float[Array, ""]]
 LogitsFunction = Callable[[PyTree, Int32[Array, "batch sequence"]], Float[Array, "..."]]
 
@@ -77,6 +79,7 @@ def standard_training(
     micro_batches: int = 1,
     seed: int = 0,
     float32_moments: bool = True,
+    rounding: Rounding = "stochastic",
 ) -> Training:
     """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`.
 
@@ -84,7 +87,7 @@ def standard_training(
     """
     tx = in_float32(tx) if float32_moments else tx
     loss = make_loss(config, dtype=dtype, remat=remat)
-    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed)
+    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed, rounding=rounding)
     logits = functools.partial(model.forward, config, dtype=dtype)
     return Training(unchanged, functools.partial(init_state, tx), step, loss, logits, unchanged)
 
@@ -147,6 +150,7 @@ def make_train_step(
     *,
     micro_batches: int = 1,
     seed: int = 0,
+    rounding: Rounding = "stochastic",
 ) -> jax.stages.Wrapped:
     """Returns the jitted step. It takes over the memory of the state it is given.
 
@@ -156,6 +160,7 @@ def make_train_step(
       micro_batches: Into how many parts the batch is divided, whose gradients are summed one after
         another in float32; divides the batch.
       seed: Seed of the stochastic rounding of bfloat16 weights.
+      rounding: Of bfloat16 weights; "nearest" loses small updates, and is there to compare with.
 
     Returns:
       `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before the step)`.
@@ -165,7 +170,10 @@ def make_train_step(
         value, grads = _value_and_grad(loss, state.params, tokens, micro_batches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        params = apollo_optax.apply_updates_stochastic(state.params, updates, key)
+        if rounding == "stochastic":
+            params = apollo_optax.apply_updates_stochastic(state.params, updates, key)
+        else:
+            params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), value
 
     return jax.jit(train_step, donate_argnums=0)

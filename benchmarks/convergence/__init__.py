@@ -1,0 +1,1 @@
+"""Which optimizer trains a small LLaMA best for the state that it keeps?"""
