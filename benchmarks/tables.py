@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is the benchmark's. The tests
+A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is of `TABLES`. The tests
 check that what stands there is what this would write.
 """
 
@@ -14,24 +14,31 @@ from benchmarks import (
     cpu_memory_cap,
     data_parallel_13b,
     largest_micro_batch,
+    maxtext_recipe,
     peak_memory,
     pod_collectives,
     quantized_training,
     smallest_slice,
 )
+from benchmarks.convergence import report as convergence
 from benchmarks.rows import RESULTS, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "convergence": convergence.table,
+    "convergence_ablations": convergence.ablation_table,
     "cpu_memory_cap": cpu_memory_cap.table,
     "data_parallel_13b": data_parallel_13b.table,
     "largest_micro_batch": largest_micro_batch.table,
+    "maxtext_recipe": maxtext_recipe.table,
     "peak_memory": peak_memory.table,
     "pod_collectives": pod_collectives.table,
     "quantized_training": quantized_training.table,
     "smallest_slice": smallest_slice.table,
 }
+# A table has its benchmark's name, but where one has several.
+_RESULTS_OF = {"convergence_ablations": "convergence"}
 _PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -40,7 +47,7 @@ def with_tables(text: str) -> str:
 
     def written(place: re.Match[str]) -> str:
         name = place[1]
-        table = TABLES[name](read_rows(RESULTS / f"{name}.json"))
+        table = TABLES[name](read_rows(RESULTS / f"{_RESULTS_OF.get(name, name)}.json"))
         return f"<!-- {name} -->\n{table}\n<!-- end -->"
 
     return _PLACE.sub(written, text)
