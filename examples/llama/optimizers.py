@@ -95,6 +95,18 @@ class OptimizerSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(
+            self.granularity in ("channel", "tensor"),
+            "granularity",
+            self.granularity,
+            "channel or tensor",
+        )
+        _require(
+            self.projection in ("gaussian", "rademacher", "svd"),
+            "projection",
+            self.projection,
+            "gaussian, rademacher or svd",
+        )
         _require(self.name in OPTIMIZERS, "optimizer", self.name, f"one of {', '.join(OPTIMIZERS)}")
         _require(self.learning_rate > 0, "learning rate", self.learning_rate, "a positive number")
         _require(self.total_steps >= 1, "steps", self.total_steps, "at least 1")

@@ -12,6 +12,7 @@ from examples.llama.optimizers import (
     OPTIMIZERS,
     OptimizerName,
     OptimizerSettings,
+    ProjectionName,
 )
 
 __all__ = [
@@ -79,6 +80,10 @@ class OptimizerOptions:
       rank: Rows of the projection; for apollo and galore.
       alpha: Factor of the projected updates; for apollo, apollo_mini and galore.
       update_proj_gap: Steps between two projections; for apollo, apollo_mini and galore.
+      granularity: What shares a learning rate, a channel or a whole matrix; for apollo.
+      projection: What the projection is drawn from; for apollo and apollo_mini.
+      norm_growth_limit: Largest ratio of the norms of a matrix's consecutive updates, 0 for no
+        limit; for apollo and apollo_mini.
       project_embeddings: Treat embedding and head as the other matrices, instead of training them
         with Adam as the paper does; for apollo, apollo_mini, galore and muon.
       momentum: Decay of the sum of past gradients, 0 for none; for sgd.
@@ -93,6 +98,9 @@ class OptimizerOptions:
     rank: Annotated[int | None, _default("INT", "a quarter of the hidden size")] = None
     alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4")] = None
     update_proj_gap: Annotated[int | None, _default("INT", "200")] = None
+    granularity: Literal["channel", "tensor"] = "channel"
+    projection: ProjectionName = "gaussian"
+    norm_growth_limit: float = 1.01
     project_embeddings: bool = False
     momentum: float = 0.9
 
@@ -387,6 +395,9 @@ def _optimizer_settings(
         rank=_first(options.rank, rank),
         alpha=_first(options.alpha, alphas.get(name, _GALORE_ALPHA)),
         update_proj_gap=_first(options.update_proj_gap, defaults.update_proj_gap),
+        granularity=options.granularity,
+        projection=options.projection,
+        norm_growth_limit=options.norm_growth_limit or None,
         project_embeddings=options.project_embeddings,
         momentum=options.momentum if name == "sgd" else 0.0,
         seed=config.training.seed,

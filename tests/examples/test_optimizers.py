@@ -153,11 +153,50 @@ def test_projecting_embeddings_leaves_no_full_moments(name: Any) -> None:
         ({"warmup_fraction": 1.0}, "warm-up is 1.0"),
         ({"weight_decay": -1.0}, "weight decay is -1.0"),
         ({"clip": -1.0}, "clip is -1.0"),
+        ({"granularity": "row"}, "granularity is 'row'"),
+        ({"projection": "sparse"}, "projection is 'sparse'"),
     ],
 )
 def test_settings_out_of_range_are_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(settings("apollo"), **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"granularity": "tensor"}, {"projection": "rademacher"}, {"projection": "svd"}],
+)
+def test_each_choice_of_apollo_reaches_the_update(change: dict[str, Any]) -> None:
+    given = params()
+    grads = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), given)
+
+    def update_of(chosen: OptimizerSettings) -> Any:
+        tx = make_optimizer(chosen)
+        return tx.update(grads, tx.init(given), given)[0]
+
+    usual = update_of(settings("apollo"))["blocks"]
+    changed = update_of(settings("apollo", **change))["blocks"]
+    usual, changed = (blocks["mlp"]["up_proj"]["kernel"] for blocks in (usual, changed))
+    assert not np.allclose(usual, changed, rtol=1e-3)
+
+
+def test_no_limit_lets_the_norm_of_an_update_grow_faster() -> None:
+    given = params()
+    grads = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), given)
+
+    def growth(limit: float | None) -> float:
+        tx = make_optimizer(settings("apollo", warmup_fraction=0.0, norm_growth_limit=limit))
+        state = tx.init(given)
+        first, state = tx.update(grads, state, given)
+        second, state = tx.update(grads, state, given)
+        first, second = (
+            jnp.linalg.norm(updates["blocks"]["mlp"]["up_proj"]["kernel"][0])
+            for updates in (first, second)
+        )
+        return float(second / first)
+
+    # Of a constant gradient the factors grow by a third, before the bias is corrected.
+    assert growth(None) > 1.2 * growth(1.01)
 
 
 @pytest.mark.parametrize("name", ["apollo", "galore"])

@@ -85,6 +85,12 @@ def test_zero_given_is_not_taken_for_left_out() -> None:
     assert run.optimizer.warmup_fraction == 0.0
 
 
+def test_research_options_reach_the_optimizer() -> None:
+    options = OptimizerOptions(granularity="tensor", projection="svd", norm_growth_limit=0)
+    found = resolved("apollo", optimizer=options).optimizer
+    assert (found.granularity, found.projection, found.norm_growth_limit) == ("tensor", "svd", None)
+
+
 def test_compared_optimizers_come_in_the_order_given() -> None:
     assert compared_optimizers(OptimizerOptions(compare="sgd, adamw")) == ("sgd", "adamw")
     assert compared_optimizers(OptimizerOptions(name="muon")) == ("muon",)

@@ -78,3 +78,17 @@ def test_step_counts_and_reports_the_loss_before_it() -> None:
 def test_mean_loss_weighs_batches_alike() -> None:
     mean = train.mean_loss(lambda params, tokens: jnp.mean(tokens * 1.0), {}, [TOKENS, TOKENS + 2])
     assert mean == pytest.approx(TOKENS.mean() + 1)
+
+
+@pytest.mark.parametrize(("rounding", "moves"), [("stochastic", True), ("nearest", False)])
+def test_rounding_to_nearest_loses_what_stochastic_rounding_keeps(
+    rounding: Any, moves: bool
+) -> None:
+    # Each step is far below half the spacing of bfloat16 numbers at the weight, 0.5.
+    tx = optax.sgd(1e-4)
+    step = train.make_train_step(toy_loss, train.in_float32(tx), rounding=rounding)
+    state = train.init_state(train.in_float32(tx), toy_params(jnp.bfloat16))
+    before = float(state.params["w"])
+    for _ in range(300):
+        state, _ = step(state, TOKENS)
+    assert (float(state.params["w"]) != before) == moves
