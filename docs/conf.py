@@ -1,0 +1,90 @@
+"""Sphinx configuration: `python -m sphinx -W --keep-going -b html docs docs/_build`.
+
+Nothing is run and nothing is fetched: notebooks are shown with their committed outputs.
+"""
+
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[1]
+COPIES = Path(__file__).parent / "_notebooks"
+
+project = "apollo-optax"
+author = "The apollo-optax authors"
+project_copyright = f"2026, {author}. Apache-2.0"
+release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"]
+exclude_patterns = ["_build"]
+suppress_warnings = ["toc.empty_glob"]  # a checkout without notebooks builds too
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+
+default_role = "literal"  # docstrings are Markdown's kind: single backticks are code
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # jaxtyping's annotations are longer than what the docstrings say
+napoleon_use_ivar = True
+add_module_names = False
+
+html_theme = "furo"
+html_title = "apollo-optax"
+html_copy_source = False
+
+
+def copy_notebooks() -> None:
+    """Copies the notebooks, which lie beside the documentation, to where Sphinx looks for pages."""
+    shutil.rmtree(COPIES, ignore_errors=True)
+    COPIES.mkdir()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = _links_from_copy("".join(cell["source"]))
+        (COPIES / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+
+
+def _links_from_copy(text: str) -> str:
+    text = text.replace("](../", "](../../").replace("](../../docs/", "](../")
+    return _as_downloads(text, "../../")
+
+
+def _as_downloads(text: str, root: str) -> str:
+    """Links to pages beside the documentation, such as the README, as links to their files."""
+    return re.sub(rf"\]\(({re.escape(root)}[^)#]+\.md)(#[^)]*)?\)", r"](path:\1)", text)
+
+
+def mark_downloads(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Does so for the pages that lie in the documentation's own folder."""
+    del app
+    if "/" not in docname:
+        source[0] = _as_downloads(source[0], "../")
+
+
+def mark_code(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+    """Marks code in docstrings as reStructuredText has it.
+
+    The indented code of a module is code, not a quotation; a plural after a backtick is set apart.
+    """
+    del app, name, of, options
+    text = re.sub(
+        r"(`[^`]+`)([a-z]?)", lambda m: f"{m[1]}\\ {m[2]}" if m[2] else m[1], "\n".join(lines)
+    )
+    if what == "module":
+        text = re.sub(r"\n\n(?= {4}\S)", "\n\n.. code-block:: python\n\n", text)
+    lines[:] = text.split("\n")
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx before it looks for pages."""
+    copy_notebooks()
+    app.connect("source-read", mark_downloads)
+    app.connect("autodoc-process-docstring", mark_code)

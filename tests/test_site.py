@@ -1,0 +1,111 @@
+"""The documentation builds without a warning, and its figures are those of the results."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import apollo_optax
+from apollo_optax import layerwise, planning, quantization, sharding
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+LABELS = {"adamw": "AdamW", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    arguments = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(folder / "doctrees")]
+    build = subprocess.run(
+        [sys.executable, "-m", "sphinx", *arguments, str(DOCS), str(folder / "html")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 0, build.stderr
+    return folder / "html"
+
+
+def entries(site: Path) -> set[str]:
+    page = (site / "api.html").read_text(encoding="utf-8")
+    return set(re.findall(r'<dt class="sig[^"]*" id="([^"]+)"', page))
+
+
+def test_every_page_is_built_and_linked_from_the_index(site: Path) -> None:
+    index = (site / "index.html").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert (site / f"{page.stem}.html").is_file()
+        assert page.stem == "index" or f'href="{page.stem}.html"' in index
+
+
+def test_every_public_name_has_an_entry(site: Path) -> None:
+    assert {f"apollo_optax.{name}" for name in apollo_optax.__all__} <= entries(site)
+
+
+def test_every_public_name_of_the_modules_has_an_entry(site: Path) -> None:
+    named = {
+        f"{module.__name__}.{name}"
+        for module in (planning, quantization, sharding)
+        for name in module.__all__
+        if name != "QArray"  # qwix's, documented there
+    } | {
+        f"{layerwise.__name__}.{name}"
+        for name, of in vars(layerwise).items()
+        if not name.startswith("_") and inspect.getmodule(of) is layerwise
+    }
+    assert named <= entries(site)
+
+
+def test_every_notebook_is_a_page(site: Path) -> None:
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        assert (site / "_notebooks" / f"{notebook.stem}.html").is_file()
+
+
+def rows_of(page: str, first_cell: str) -> list[list[str]]:
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith(f"| {first_cell} |")
+    ]
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_learning_rates_are_those_of_the_results(name: str) -> None:
+    results = json.loads((RESULTS / "nano_learning_rates.json").read_text(encoding="utf-8"))
+    expected: dict[tuple[float, float], dict[float, str]] = {}
+    for row in results["rows"]:
+        if row["name"] == name and row["warmup_fraction"] in (0.1, 0.3):
+            losses = expected.setdefault((row["learning_rate"], row["alpha"]), {})
+            losses[row["warmup_fraction"]] = f"{row['validation_loss']:.3f}"
+    of_sweep = [row for row in rows_of("choosing.md", LABELS[name]) if row[1].startswith("0.0")]
+    found = {
+        (float(rate), float(scale or 1)): {
+            fraction: loss for fraction, loss in ((0.1, short), (0.3, long)) if loss
+        }
+        for _, rate, scale, short, long in of_sweep
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_small_llama_is_that_of_the_results(name: str) -> None:
+    runs = json.loads((RESULTS / "nano_comparison.json").read_text(encoding="utf-8"))["runs"]
+    (run,) = (run for run in runs if run["optimizer"] == name)
+    ((_, *cells),) = rows_of("benchmarks.md", name)
+    state = run["state_bytes"]
+    assert cells == [
+        f"{run['learning_rate']:g}",
+        f"{run['validation_loss']:.4f}",
+        f"{run['perplexity']:.3f}",
+        f"{state / 1e6:.1f} MB" if state >= 1e6 else f"{state / 1e3:.1f} kB",
+        f"{run['state_per_parameter']:.2f}",
+        f"{run['step_milliseconds']:.0f}",
+    ]
