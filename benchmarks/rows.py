@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,19 @@ def _locked(path: Path) -> Iterator[None]:
 def add_row(path: Path, command: str, row: Row) -> None:
     """Adds a row, so that runs side by side and interrupted ones lose nothing."""
     with _locked(path):
-        # A line a row: some are long, and a difference should show what was added.
-        rows = ",\n".join(json.dumps(row) for row in [*read_rows(path), row])
-        about = json.dumps({"command": command, "machine": machine()}, indent=1)
-        complete = path.with_suffix(".tmp")
-        complete.write_text(about.removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n')
-        complete.replace(path)
+        _write(path, command, [*read_rows(path), row])
+
+
+def write_rows(path: Path, command: str, rows: Sequence[Row]) -> None:
+    """Writes the rows of one run in place of those that are there."""
+    with _locked(path):
+        _write(path, command, rows)
+
+
+def _write(path: Path, command: str, rows: Sequence[Row]) -> None:
+    # A line a row: some are long, and a difference should show what was added.
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    about = json.dumps({"command": command, "machine": machine()}, indent=1)
+    complete = path.with_suffix(".tmp")
+    complete.write_text(about.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    complete.replace(path)

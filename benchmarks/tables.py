@@ -21,6 +21,7 @@ from benchmarks import (
     smallest_slice,
 )
 from benchmarks.convergence import report as convergence
+from benchmarks.convergence import step_time
 from benchmarks.rows import RESULTS, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "convergence": convergence.table,
     "convergence_ablations": convergence.ablation_table,
+    "convergence_step_time": step_time.table,
     "cpu_memory_cap": cpu_memory_cap.table,
     "data_parallel_13b": data_parallel_13b.table,
     "largest_micro_batch": largest_micro_batch.table,

@@ -27,7 +27,7 @@ from examples.llama.checkpoint import tree_bytes
 from examples.llama.layered import layered_training
 from examples.llama.optimizers import make_optimizer
 
-__all__ = ["make_training", "make_transformation", "run_trial"]
+__all__ = ["initial_params", "make_training", "make_transformation", "run_trial"]
 
 # What suits the caches of one CPU core; the step is the same.
 _MICRO_BATCHES = 16
@@ -70,7 +70,8 @@ def make_training(trial: Trial) -> train.Training:
     )
 
 
-def _initial_params(method: Method, training: train.Training, seed: int) -> model.Params:
+def initial_params(method: Method, training: train.Training, seed: int) -> model.Params:
+    """The weights that a training begins with."""
     dtype = jnp.bfloat16 if method.weights == "bf16" else jnp.float32
     init = jax.jit(lambda: model.init_params(MODEL, seed, param_dtype=dtype, convert=training.keep))
     return init()
@@ -110,7 +111,7 @@ def run_trial(trial: Trial, show: Callable[[int, float], None]) -> Row:
 
     curve_batches, final_batches = evaluation(_CURVE_BATCHES), evaluation(_FINAL_BATCHES)
     loss = jax.jit(training.loss)
-    state = training.init_state(_initial_params(trial.method, training, trial.seed))
+    state = training.init_state(initial_params(trial.method, training, trial.seed))
     row: Row = {
         "trial": trial.name,
         "label": trial.method.label,
