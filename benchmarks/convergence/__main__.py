@@ -13,9 +13,13 @@ import concurrent.futures
 import contextlib
 import os
 import queue
+import re
 import subprocess
 import sys
 import time
+
+import rich.console
+import rich.progress
 
 from benchmarks.convergence.methods import ABLATIONS, METHODS, STEPS, Trial
 from benchmarks.convergence.search import wanted_trials
@@ -25,6 +29,7 @@ OUTPUT = RESULTS / "convergence.json"
 COMMAND = "python -m benchmarks.convergence"
 # So many have a cause of their own, which the others would meet too.
 _FAILURES = 3
+_STEP = re.compile(r"step (\d+)/\d+, (loss \S+)")
 
 
 def _run_one(trial: Trial, core: int | None) -> None:
@@ -34,9 +39,10 @@ def _run_one(trial: Trial, core: int | None) -> None:
     from benchmarks.convergence.training import run_trial  # after the core is chosen
 
     def show(step: int, loss: float) -> None:
-        print(f"{trial}: step {step}/{STEPS}, loss {loss:.4f}", end="\r", flush=True)
+        end = "\r" if sys.stdout.isatty() else "\n"
+        print(f"step {step}/{STEPS}, loss {loss:.4f}", end=end, flush=True)
 
-    row = run_trial(trial, show if sys.stdout.isatty() else lambda step, loss: None)
+    row = run_trial(trial, show)
     add_row(OUTPUT, COMMAND, row)
     print(f"{trial}: {row['validation_loss']}, {row['seconds']:.0f} s", flush=True)
 
@@ -47,23 +53,45 @@ def _command_of(trial: Trial, core: int) -> list[str]:
     return [sys.executable, "-m", "benchmarks.convergence", *options]
 
 
-def _run_all(cores: int) -> None:
+def _run_in_process(trial: Trial, core: int, progress: rich.progress.Progress) -> None:
+    """Runs a trial in a process of its own, whose output becomes a line of the progress."""
+    task = progress.add_task(str(trial), total=STEPS, loss="")
+    command = _command_of(trial, core)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if step := _STEP.match(line):
+                progress.update(task, completed=int(step[1]), loss=step[2])
+            else:
+                progress.console.print(line.rstrip())
+    progress.remove_task(task)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def _run_all(cores: int, console: rich.console.Console) -> None:
     free: queue.Queue[int] = queue.Queue()
     for core in range(cores):
         free.put(core)
     failed: set[Trial] = set()
     began, ended = time.perf_counter(), 0
+    progress = rich.progress.Progress(
+        "{task.description}",
+        rich.progress.BarColumn(),
+        "{task.completed}/{task.total}",
+        "{task.fields[loss]}",
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    )
 
-    def run(trial: Trial) -> Trial:
+    def run(trial: Trial) -> None:
         core = free.get()
         try:
-            subprocess.run(_command_of(trial, core), check=True)
+            _run_in_process(trial, core, progress)
         finally:
             free.put(core)
-        return trial
 
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        running: dict[concurrent.futures.Future[Trial], Trial] = {}
+    with progress, concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        running: dict[concurrent.futures.Future[None], Trial] = {}
         while True:
             wanted = wanted_trials(read_rows(OUTPUT))
             wanted = [t for t in wanted if t not in failed and t not in running.values()]
@@ -80,15 +108,13 @@ def _run_all(cores: int) -> None:
                 trial = running.pop(future)
                 if future.exception() is not None:
                     failed.add(trial)
-                    print(f"{trial}: failed, {future.exception()}", file=sys.stderr, flush=True)
+                    console.print(f"{trial}: failed, {future.exception()}")
             ended += len(done)
             left = len(wanted_trials(read_rows(OUTPUT)))
             minutes = (time.perf_counter() - began) / 60
-            each = minutes / ended
-            print(
-                f"[{minutes:.0f} min] {ended} ended, {left} known to be left, "
-                f"about {left * each:.0f} min",
-                flush=True,
+            console.print(
+                f"{ended} ended in {minutes:.0f} min; {left} known to be left, about "
+                f"{left * minutes / ended:.0f} min"
             )
     if failed:
         raise SystemExit(f"failed: {', '.join(map(str, failed))}")
@@ -107,7 +133,7 @@ def main() -> None:
     if options.list:
         print(*wanted_trials(read_rows(OUTPUT)), sep="\n")
     elif options.trial is None:
-        _run_all(options.cores)
+        _run_all(options.cores, rich.console.Console())
     elif options.learning_rate is None:
         parser.error("--trial needs --learning-rate")
     else:
