@@ -28,7 +28,8 @@ import qwix
 from flax import nnx
 
 from apollo_optax import planning
-from benchmarks.convergence.search import next_learning_rates
+from benchmarks.convergence.search import next_learning_rates, sweep_losses
+from benchmarks.convergence.training import held_out_tokens
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
 from examples.llama import corpus, data, model, tokenizer, train
 from examples.llama.checkpoint import tree_bytes
@@ -40,7 +41,7 @@ OUTPUT = RESULTS / "fine_tuning.json"
 COMMAND = "python -m benchmarks.fine_tuning"
 BASE = Path("runs/fine_tuning/base")
 STEPS, SEQUENCES, SEQUENCE_LENGTH, EVALUATION_BATCHES = 200, 32, 128, 128
-_MICRO_BATCHES, _EVALUATION_SEQUENCES, _SEEDS = 16, 8, (0, 1, 2)
+_MICRO_BATCHES, _SEEDS = 16, (0, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,16 +161,6 @@ def _token_ids(texts: corpus.Corpus) -> tuple[Any, Any]:
     )
 
 
-def _evaluation(ids: Any) -> list[Any]:
-    batches = data.evaluation_batches(
-        ids,
-        sequence_length=SEQUENCE_LENGTH,
-        batch_size=_EVALUATION_SEQUENCES,
-        max_batches=EVALUATION_BATCHES,
-    )
-    return [batch["tokens"] for batch in batches]
-
-
 def fine_tune(name: str, learning_rate: float, seed: int) -> Row:
     """Fine-tunes the checkpoint once.
 
@@ -187,7 +178,7 @@ def fine_tune(name: str, learning_rate: float, seed: int) -> Row:
         train_ids, sequence_length=SEQUENCE_LENGTH, batch_size=SEQUENCES, seed=seed
     )
     step = train.make_train_step(tuning.loss, tuning.tx, micro_batches=_MICRO_BATCHES, seed=seed)
-    loss, evaluation = jax.jit(tuning.loss), _evaluation(held_out)
+    loss, evaluation = jax.jit(tuning.loss), held_out_tokens(held_out, EVALUATION_BATCHES)
     row: Row = {"trial": name, "learning_rate": learning_rate, "seed": seed}
     row["settings"] = dataclasses.asdict(settings)
     row["lora_rank"] = METHODS[name].lora_rank
@@ -199,18 +190,13 @@ def fine_tune(name: str, learning_rate: float, seed: int) -> Row:
     began = time.perf_counter()
     for _ in range(STEPS):
         state, _ = step(state, next(batches)["tokens"])
-    for key, held in (("validation_loss", evaluation), ("loss_on_python", _evaluation(python))):
+    for key, held in (
+        ("validation_loss", evaluation),
+        ("loss_on_python", held_out_tokens(python, EVALUATION_BATCHES)),
+    ):
         found = train.mean_loss(loss, state.params, held)
         row[key] = found if math.isfinite(found) else None
     return row | {"seconds": round(time.perf_counter() - began, 1)}
-
-
-def _sweep_losses(rows: Sequence[Row], name: str) -> dict[float, float]:
-    return {
-        row["learning_rate"]: math.inf if row["validation_loss"] is None else row["validation_loss"]
-        for row in rows
-        if row["trial"] == name and row["seed"] == 0
-    }
 
 
 def wanted_runs(rows: Sequence[Row]) -> list[tuple[str, float, int]]:
@@ -218,7 +204,7 @@ def wanted_runs(rows: Sequence[Row]) -> list[tuple[str, float, int]]:
     sweeps, seeds = [], []
     done = {(row["trial"], row["learning_rate"], row["seed"]) for row in rows}
     for name, method in METHODS.items():
-        losses = _sweep_losses(rows, name)
+        losses = sweep_losses(rows, name)
         missing = next_learning_rates(method.start, losses, fine=False)
         sweeps += [(name, rate, 0) for rate in missing]
         if not missing:
@@ -236,7 +222,7 @@ def table(rows: Sequence[Row]) -> str:
     before = statistics.fmean(row["loss_before"] for row in rows)
     lines.append(f"| before | | {before:.3f} | | | | |")
     for name, method in METHODS.items():
-        losses = _sweep_losses(rows, name)
+        losses = sweep_losses(rows, name)
         if next_learning_rates(method.start, losses, fine=False):
             continue
         best = min(losses, key=lambda rate: losses[rate])

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-_ONE_THREAD_EACH = 900
+_SECONDS_OF_A_CELL = 900
 
 
 def code_cells(path):
@@ -21,12 +21,11 @@ def test_there_are_notebooks():
     assert {path.stem for path in NOTEBOOKS} == {"quickstart", "why_it_works", "memory", "research"}
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=_ONE_THREAD_EACH, resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=_SECONDS_OF_A_CELL, resources={"metadata": {"path": str(ROOT)}}
     )
     client.execute()
 

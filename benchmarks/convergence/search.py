@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from benchmarks.convergence.methods import ABLATIONS, METHODS, Trial
 from benchmarks.rows import Row
 
-__all__ = ["best_learning_rate", "next_learning_rates", "wanted_trials"]
+__all__ = ["best_learning_rate", "next_learning_rates", "sweep_losses", "wanted_trials"]
 
 _SEEDS = (1, 2)
-_FARTHEST = 8
 
 
 def next_learning_rates(
@@ -36,9 +35,9 @@ def next_learning_rates(
     first = tuple(rate(octaves) for octaves in (-1, 0, 1))
     if missing := tuple(x for x in first if x not in losses):
         return missing
-    whole = {octaves: losses.get(rate(octaves)) for octaves in range(-_FARTHEST, _FARTHEST + 1)}
-    done = {octaves: loss for octaves, loss in whole.items() if loss is not None}
-    best = min(done, key=lambda octaves: done[octaves])
+    done = {round(math.log2(x / start)): loss for x, loss in losses.items()}
+    whole = {octaves: losses[rate(octaves)] for octaves in done if rate(octaves) in losses}
+    best = min(whole, key=lambda octaves: whole[octaves])
     steps = (1.0,) if not fine else (1.0, 0.5)
     for step in steps:
         neighbours = tuple(rate(best + side * step) for side in (-1, 1))
@@ -47,7 +46,8 @@ def next_learning_rates(
     return ()
 
 
-def _losses(rows: Sequence[Row], name: str) -> dict[float, float]:
+def sweep_losses(rows: Sequence[Row], name: str) -> dict[float, float]:
+    """Validation losses of a method's sweep, the first seed's, infinite where it diverged."""
     return {
         row["learning_rate"]: math.inf if row["validation_loss"] is None else row["validation_loss"]
         for row in rows
@@ -57,7 +57,7 @@ def _losses(rows: Sequence[Row], name: str) -> dict[float, float]:
 
 def best_learning_rate(rows: Sequence[Row], name: str) -> float | None:
     """The learning rate of a method's lowest loss; None while its sweep is not complete."""
-    method, losses = METHODS[name], _losses(rows, name)
+    method, losses = METHODS[name], sweep_losses(rows, name)
     if next_learning_rates(method.start, losses, fine=method.fine):
         return None
     return min(losses, key=lambda rate: losses[rate])
@@ -68,7 +68,7 @@ def wanted_trials(rows: Sequence[Row]) -> list[Trial]:
     sweeps = [
         Trial(name, rate)
         for name, method in METHODS.items()
-        for rate in next_learning_rates(method.start, _losses(rows, name), fine=method.fine)
+        for rate in next_learning_rates(method.start, sweep_losses(rows, name), fine=method.fine)
     ]
     best = {name: best_learning_rate(rows, name) for name in METHODS}
     seeds = [Trial(name, rate, seed) for seed in _SEEDS for name, rate in best.items() if rate]

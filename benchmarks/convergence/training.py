@@ -27,7 +27,7 @@ from examples.llama.checkpoint import tree_bytes
 from examples.llama.layered import layered_training
 from examples.llama.optimizers import make_optimizer
 
-__all__ = ["initial_params", "make_training", "make_transformation", "run_trial"]
+__all__ = ["held_out_tokens", "initial_params", "make_training", "make_transformation", "run_trial"]
 
 # What suits the caches of one CPU core; the step is the same.
 _MICRO_BATCHES = 16
@@ -77,6 +77,17 @@ def initial_params(method: Method, training: train.Training, seed: int) -> model
     return init()
 
 
+def held_out_tokens(ids: Any, batches: int) -> list[Any]:
+    """Batches of validation tokens, spread over a text, small enough for one core's caches."""
+    found = data.evaluation_batches(
+        ids,
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=_EVALUATION_SEQUENCES,
+        max_batches=batches,
+    )
+    return [batch["tokens"] for batch in found]
+
+
 def run_trial(trial: Trial, show: Callable[[int, float], None]) -> Row:
     """Trains from the beginning.
 
@@ -100,21 +111,13 @@ def run_trial(trial: Trial, show: Callable[[int, float], None]) -> Row:
     )
     held_out = data.encode_documents(texts.validation, tokens)
 
-    def evaluation(count: int) -> list[Any]:
-        found = data.evaluation_batches(
-            held_out,
-            sequence_length=SEQUENCE_LENGTH,
-            batch_size=_EVALUATION_SEQUENCES,
-            max_batches=count,
-        )
-        return [batch["tokens"] for batch in found]
-
-    curve_batches, final_batches = evaluation(_CURVE_BATCHES), evaluation(_FINAL_BATCHES)
+    curve_batches, final_batches = (
+        held_out_tokens(held_out, count) for count in (_CURVE_BATCHES, _FINAL_BATCHES)
+    )
     loss = jax.jit(training.loss)
     state = training.init_state(initial_params(trial.method, training, trial.seed))
     row: Row = {
         "trial": trial.name,
-        "label": trial.method.label,
         "learning_rate": trial.learning_rate,
         "seed": trial.seed,
         "settings": dataclasses.asdict(trial.settings),

@@ -1,5 +1,7 @@
 """The convergence benchmark asks for the right runs, and each of them is what it says."""
 
+import dataclasses
+import json
 import math
 from typing import Any
 
@@ -16,6 +18,7 @@ from benchmarks.convergence.search import (
     wanted_trials,
 )
 from benchmarks.convergence.training import make_transformation
+from benchmarks.rows import RESULTS, read_rows
 from examples.llama import model
 
 
@@ -35,7 +38,7 @@ def row(trial: Trial, loss: float | None, state_bytes: int = 1) -> dict[str, Any
 
 
 @pytest.mark.parametrize("fine", [False, True])
-@pytest.mark.parametrize("best", [1e-4, 3e-3, 0.01, 0.3])
+@pytest.mark.parametrize("best", [1e-6, 1e-4, 3e-3, 0.01, 0.3])
 def test_a_sweep_ends_with_a_worse_learning_rate_on_both_sides(best: float, fine: bool) -> None:
     losses: dict[float, float] = {}
     while missing := next_learning_rates(0.01, losses, fine=fine):
@@ -68,6 +71,12 @@ def test_every_method_is_swept_then_seeded_and_every_ablation_run() -> None:
     assert {trial for trial, _, _ in done} == set(METHODS) | set(ABLATIONS)
     report.table([row | {"state_bytes": 2} for row in rows])
     assert report.ablation_table(rows).count("\n") == 1 + len(ABLATIONS)
+
+
+def test_the_committed_rows_are_of_the_methods_as_they_are_now() -> None:
+    for found in read_rows(RESULTS / "convergence.json"):
+        trial = Trial(found["trial"], found["learning_rate"], found["seed"])
+        assert found["settings"] == json.loads(json.dumps(dataclasses.asdict(trial.settings)))
 
 
 def test_sweeps_come_before_seeds_and_ablations() -> None:
