@@ -276,6 +276,8 @@ def _gpu_topology(target: Target) -> topologies.TopologyDescription:
             topology=f"1x{hosts}x{count // hosts}",
         )
     except NotImplementedError as error:
+        if "topology not implemented" not in str(error):
+            raise  # the compiler's own refusal, of this GPU or in this version
         raise ImportError(
             "JAX has looked for a GPU, found none, and dropped its CUDA compiler; set "
             "JAX_PLATFORMS=cpu before Python starts"
