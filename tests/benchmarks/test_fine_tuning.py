@@ -13,11 +13,8 @@ from examples.llama import model, train
 from examples.llama.config import LlamaConfig
 from examples.llama.optimizers import OptimizerSettings
 
-# qwix 0.1.8 uses names of Flax that have since been deprecated.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The 'm.iter_modules:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),
-]
+# qwix 0.1.8 uses names of Flax that have since been deprecated; the warnings are of its modules.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 
 CONFIG = LlamaConfig(32, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32)
