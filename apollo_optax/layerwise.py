@@ -9,10 +9,11 @@ the next. The optimizer state is the ordinary one of the stacked tree, so checkp
 What needs all gradients at once does not go with it. Clipping by the global norm: use APOLLO's
 limiter (`limit_norm_growth`), which needs a matrix's own norm only. Accumulating gradients
 (`optax.MultiSteps`): use a larger micro-batch, whose activations cost less than the gradients kept.
-`optax.apply_if_finite`: check the loss before the step. Statistics of a stacked leaf (a trust
+`optax.apply_if_finite`: use `make_guarded_step`. Statistics of a stacked leaf (a trust
 ratio, a clipped root mean square) are statistics of a layer here.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import partial_eval
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax._placement import placement_of, result_shardings
@@ -313,6 +314,78 @@ def make_step(
       >>> step = jax.jit(layerwise.make_step(model, tx), donate_argnums=(0, 1))
       >>> params, state, loss = step(params, state, jnp.ones((8, 4)))
     """
+    run = _make_step(model, tx, weights=weights, policy=policy)
+
+    def step(
+        params: Params, state: optax.OptState, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> tuple[Params, optax.OptState, Float[Array, ""]]:
+        params, state, loss, _ = run(params, state, batch, key, None)
+        return params, state, loss
+
+    return step
+
+
+def make_guarded_step(
+    model: LayerwiseModel,
+    tx: optax.GradientTransformation,
+    *,
+    weights: WeightFormat = EXACT,
+    policy: Callable[..., bool] | None = None,
+) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]]:
+    """Returns the step of `make_step` that leaves as they are what it must not update.
+
+    Everything stays, weights and state, if the loss is NaN or above `max_loss`. The gradients of
+    one part, a layer or what is beside the layers, exist one after another: a part whose gradients
+    are not finite, or are all zero, stays as it is, while those before it are updated already.
+
+    Args:
+      model: As `make_step`'s.
+      tx: As `make_step`'s.
+      weights: As `make_step`'s.
+      policy: As `make_step`'s.
+
+    Returns:
+      `(params, state, batch, key=None, max_loss=inf) -> (params, state, loss, largest)`, where
+      `largest` is the largest absolute value of any gradient, NaN or infinite if one is.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from apollo_optax import layerwise
+      >>> params = {"blocks": {"w": jnp.ones((3, 2, 2))}, "rest": {}}
+      >>> model = layerwise.LayerwiseModel(
+      ...     embed=lambda rest, batch: batch,
+      ...     block=lambda block, x: x @ block["w"],
+      ...     loss=lambda rest, x, batch: jnp.mean(x),
+      ... )
+      >>> tx = optax.sgd(0.1)
+      >>> step = layerwise.make_guarded_step(model, tx)
+      >>> state = layerwise.init(tx, params)
+      >>> same, state, loss, _ = step(params, state, jnp.full((1, 2), jnp.nan))
+      >>> bool((same["blocks"]["w"] == params["blocks"]["w"]).all())
+      True
+    """
+    run = _make_step(model, tx, weights=weights, policy=policy)
+
+    def step(
+        params: Params,
+        state: optax.OptState,
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        max_loss: ArrayLike = jnp.inf,
+    ) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
+        return run(params, state, batch, key, max_loss)
+
+    return step
+
+
+def _make_step(
+    model: LayerwiseModel,
+    tx: optax.GradientTransformation,
+    *,
+    weights: WeightFormat,
+    policy: Callable[..., bool] | None,
+) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""], Any]]:
+    """The step of both kinds: guarded if `max_loss` is not None."""
     tx = optax.with_extra_args_support(tx)
 
     def block(layer: Params, x: PyTree) -> tuple[PyTree, PyTree]:
@@ -323,11 +396,14 @@ def make_step(
     block = jax.checkpoint(block, policy=policy, prevent_cse=False)
 
     def step(
-        params: Params, state: optax.OptState, batch: Batch, key: PRNGKeyArray | None = None
-    ) -> tuple[Params, optax.OptState, Float[Array, ""]]:
+        params: Params,
+        state: optax.OptState,
+        batch: Batch,
+        key: PRNGKeyArray | None,
+        max_loss: ArrayLike | None,
+    ) -> tuple[Params, optax.OptState, Float[Array, ""], Any]:
         _require_form(params)
         split = _split(tx, state)
-        update = _updater(tx, weights, split, jax.random.key(0) if key is None else key)
 
         def embed(rest: PyTree) -> PyTree:
             return model.embed(rest, batch)
@@ -341,29 +417,37 @@ def make_step(
         loss, (rest_grads, x_grads, aux_grads) = jax.value_and_grad(loss_of, (0, 1, 2))(
             rest, x, aux
         )
+        accepted = None if max_loss is None else loss <= max_loss
+        key = jax.random.key(0) if key is None else key
+        update = _updater(tx, weights, split, key, accepted)
         late = _names_read(embed, rest)
         early: set[str] = set() if late is None else set(rest) - late
 
         # What only the loss reads is updated before the blocks, so that its gradient is gone by
         # then.
         parts = []
+        largest = None if accepted is None else jnp.zeros([], jnp.float32)
         if early:
             part = _rest_of(params, early), [_rest_of(tree, early) for tree in split.mirrored]
-            part = update(part, _rest_of({"rest": rest_grads}, early), 0)[0]
+            part, _, largest = update(part, _rest_of({"rest": rest_grads}, early), 0, largest)
             x_grads, part = jax.lax.optimization_barrier((x_grads, part))
             parts.append(part)
         part = {"blocks": params["blocks"]}, [_blocks_of(tree) for tree in split.mirrored]
-        part, x_grads = _update_blocks(update, pullback_of, part, x_grads, aux_grads)
+        part, x_grads, largest = _update_blocks(
+            update, pullback_of, part, x_grads, aux_grads, largest
+        )
         parts.append(part)
         (embed_grads,) = pullback_embed(x_grads)
         rest_grads = jax.tree.map(jnp.add, rest_grads, embed_grads)
         part = _rest_of(params, late), [_rest_of(tree, late) for tree in split.mirrored]
-        part, shared = update(part, _rest_of({"rest": rest_grads}, late), 0)
+        part, shared, largest = update(part, _rest_of({"rest": rest_grads}, late), 0, largest)
         parts.append(part)
 
+        if accepted is not None:
+            shared = _select(accepted & (largest != 0), shared, split.shared)
         params = _merged([part for part, _ in parts])
         trees = [_merged(list(shares)) for shares in zip(*(m for _, m in parts), strict=True)]
-        return params, _join(split._replace(shared=shared), trees), loss
+        return params, _join(split._replace(shared=shared), trees), loss, largest
 
     return step
 
@@ -394,6 +478,7 @@ def make_loss(
 
 _Part: TypeAlias = tuple[Params, list[Any]]
 """Some of the parameters, and their shares of the mirrored trees of the optimizer state."""
+_Update: TypeAlias = Callable[[_Part, PyTree, ArrayLike, Any], tuple[_Part, list[Any], Any]]
 
 
 def _updater(
@@ -401,19 +486,42 @@ def _updater(
     weights: WeightFormat,
     split: _SplitState,
     key: PRNGKeyArray,
-) -> Callable[[_Part, PyTree, ArrayLike], tuple[_Part, list[Any]]]:
-    """Returns the function that updates a part; it returns the shared leaves of the state too."""
+    accepted: Bool[Array, ""] | None,
+) -> _Update:
+    """Returns the function that updates a part.
 
-    def update(part: _Part, grads: PyTree, first_layer: ArrayLike) -> tuple[_Part, list[Any]]:
+    It returns the shared leaves of the state too, and the largest gradient so far. Guarded, with
+    `accepted` given, it updates the part only if that is true and its gradients are usable; else
+    `largest` is None.
+    """
+
+    def update(
+        part: _Part, grads: PyTree, first_layer: ArrayLike, largest: Any
+    ) -> tuple[_Part, list[Any], Any]:
         params, mirrored = part
         updates, state = tx.update(
             grads, _join(split, mirrored), weights.read(params), first_layer=first_layer
         )
         params = weights.write(params, updates, jax.random.fold_in(key, first_layer))
         new = _split(tx, state)
-        return (params, new.mirrored), new.shared
+        if accepted is None:
+            return (params, new.mirrored), new.shared, None
+        of_part = _largest(grads)
+        usable = accepted & jnp.isfinite(of_part) & (of_part > 0)
+        part = _select(usable, (params, new.mirrored), part)
+        return part, new.shared, jnp.maximum(largest, of_part)
 
     return update
+
+
+def _select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
+def _largest(grads: PyTree) -> Float[Array, ""]:
+    """The largest absolute value; NaN if there is one."""
+    each = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
+    return functools.reduce(jnp.maximum, each, jnp.zeros([], jnp.float32))
 
 
 def _run_blocks(
@@ -470,27 +578,34 @@ def _from_slices(function: Callable) -> Callable:
 
 
 def _update_blocks(
-    update: Callable[[_Part, PyTree, ArrayLike], tuple[_Part, list[Any]]],
+    update: _Update,
     pullback_of: Callable[[Params, Int[Array, ""]], Callable],
     part: _Part,
     x_grads: PyTree,
     aux_grads: PyTree,
-) -> tuple[_Part, PyTree]:
+    largest: Any,
+) -> tuple[_Part, PyTree, Any]:
     """Runs the blocks backwards, each updated in place as soon as its gradient exists."""
     number = _number_of_layers(part[0]["blocks"])
 
     @_from_slices
-    def update_layer(layer: _Part, grads: PyTree, index: Int[Array, ""]) -> _Part:
-        return update(layer, {"blocks": grads}, index)[0]
+    def update_layer(
+        layer: _Part, grads: PyTree, index: Int[Array, ""], largest: Any
+    ) -> tuple[_Part, Any]:
+        layer, _, largest = update(layer, {"blocks": grads}, index, largest)
+        return layer, largest
 
-    def backward(done: Int[Array, ""], carry: tuple[_Part, PyTree]) -> tuple[_Part, PyTree]:
-        part, x_grads = carry
+    def backward(
+        done: Int[Array, ""], carry: tuple[_Part, PyTree, Any]
+    ) -> tuple[_Part, PyTree, Any]:
+        part, x_grads, largest = carry
         index = number - 1 - done
         layer = _layer(part, index)
         grads, x_grads = pullback_of(layer[0]["blocks"], index)((x_grads, aux_grads))
-        return _with_layer(part, update_layer(layer, grads, index), index), x_grads
+        layer, largest = update_layer(layer, grads, index, largest)
+        return _with_layer(part, layer, index), x_grads, largest
 
-    return jax.lax.fori_loop(0, number, backward, (part, x_grads))
+    return jax.lax.fori_loop(0, number, backward, (part, x_grads, largest))
 
 
 def _names_read(function: Callable[[PyTree], PyTree], rest: PyTree) -> set[str] | None:

@@ -2,30 +2,64 @@
 
 import contextlib
 import errno
+import hashlib
+import itertools
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from examples.llama.checksum import array_checksums
 from examples.llama.train import TrainState
 
 __all__ = [
+    "Damage",
+    "Restored",
     "differing_settings",
     "open_checkpoints",
     "read_record",
-    "restore_state",
+    "restore",
     "save",
     "tree_bytes",
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What says nothing about a checkpoint that could not be read.
+_NO_DAMAGE = (MemoryError, PermissionError)
+_ARRAYS, _DIGEST = "array_checksums", "digest"
+_DAMAGED = "damaged"
+_LONGEST_REASON = 300
+
+
+class Damage(NamedTuple):
+    """A checkpoint that is not as it was written: its step, and what is wrong with it."""
+
+    step: int
+    reason: str
+
+
+class Restored(NamedTuple):
+    """A checkpoint.
+
+    Attributes:
+      state: What a step reads, as it was saved to the bit.
+      record: What was saved beside it.
+      damaged: The newer ones that were not whole.
+    """
+
+    state: TrainState
+    record: dict[str, Any]
+    damaged: Sequence[Damage] = ()
 
 
 @contextlib.contextmanager
@@ -56,6 +90,9 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointM
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, record: Mapping[str, Any]) -> None:
     """Writes a checkpoint of the state's step; nothing if there is one of that step.
 
+    With it goes a checksum of every array and of the record, by which `restore` and `read_record`
+    know damage.
+
     Args:
       checkpoints: Where to.
       state: What a step reads.
@@ -67,35 +104,129 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, record: Mapping[
     step = int(state.step)
     if checkpoints.latest_step() == step:
         return
+    whole = dict(record) | {_ARRAYS: array_checksums(state)}
+    whole[_DIGEST] = _digest(whole)
     with _disk_errors_named(checkpoints, step):
         _require_space(Path(checkpoints.directory), tree_bytes(state))
         checkpoints.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_without_empty(state)),
-                record=ocp.args.JsonSave(dict(record)),
+                record=ocp.args.JsonSave(whole),
             ),
         )
 
 
-def read_record(checkpoints: ocp.CheckpointManager) -> dict[str, Any] | None:
-    """Returns the record of the latest checkpoint, None if there is none; reads no arrays."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return None
-    args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    return checkpoints.restore(step, args=args).record
-
-
-def restore_state(checkpoints: ocp.CheckpointManager, abstract_state: TrainState) -> TrainState:
-    """Returns the state of the latest checkpoint.
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Returns the record of the newest checkpoint whose record is whole; reads no arrays.
 
     Args:
-      checkpoints: Where from.
-      abstract_state: ShapeDtypeStructs of the run's state, with the shardings it is to have.
+      folder: Of checkpoints; it need not exist.
+
+    Returns:
+      What was saved as `record`; None if there is no checkpoint.
+
+    Raises:
+      OSError: If there are checkpoints and the records of all are damaged.
     """
+    damaged: list[Damage] = []
+    with _open_to_read(folder) as checkpoints:
+        for step in _newest_first(checkpoints):
+            try:
+                return _without_checksums(_read_record(checkpoints, step))
+            except _DamagedError as error:
+                damaged.append(Damage(step, str(error)))
+    _refuse_if_any(folder, damaged)
+    return None
+
+
+def restore(folder: Path, abstract_state: TrainState) -> Restored:
+    """Reads the newest checkpoint that is whole.
+
+    Those that are not are moved to the folder `damaged` beside `folder`, where nothing reads them.
+    All processes of a run call it together, and come to the same.
+
+    Args:
+      folder: Of checkpoints.
+      abstract_state: ShapeDtypeStructs of the run's state, with the shardings it is to have. The
+        checkpoint may have been written with any others, by any number of processes.
+
+    Returns:
+      The checkpoint, and what was found damaged.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint.
+      OSError: If all are damaged; none is moved.
+    """
+    damaged: list[Damage] = []
+    with _open_to_read(folder) as checkpoints:
+        for step in _newest_first(checkpoints):
+            try:
+                restored = _read(checkpoints, step, abstract_state)
+                break
+            except _DamagedError as error:
+                damaged.append(Damage(step, str(error)))
+        else:
+            _refuse_if_any(folder, damaged)
+            raise FileNotFoundError(f"there is no checkpoint in {folder}")
+    _set_aside(folder, damaged)
+    return restored._replace(damaged=damaged)
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not as it was written."""
+
+
+def _open_to_read(folder: Path) -> contextlib.AbstractContextManager[ocp.CheckpointManager | None]:
+    """Opens a folder for this process alone, so that what one cannot read holds up no other."""
+    if not folder.is_dir():
+        return contextlib.nullcontext()
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process {this}"
+    )
+    options = ocp.CheckpointManagerOptions(
+        create=False, read_only=True, multiprocessing_options=alone
+    )
+    with _quiet_orbax():
+        return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def _newest_first(checkpoints: ocp.CheckpointManager | None) -> list[int]:
+    return [] if checkpoints is None else sorted(checkpoints.all_steps(), reverse=True)
+
+
+def _read_record(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    with _damage_named("its record cannot be read"):
+        record = checkpoints.restore(step, args=args).record
+        whole = record.get(_DIGEST) == _digest(record)
+    if not whole:
+        raise _DamagedError("its record is not the one that was written")
+    return record
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, abstract_state: TrainState) -> Restored:
+    damage = None
+    try:
+        record = _read_record(checkpoints, step)
+        state = _read_state(checkpoints, step, abstract_state)
+    except _DamagedError as error:
+        damage = error
+    if multihost_utils.process_allgather(np.array(damage is not None)).any():
+        raise damage or _DamagedError("another process cannot read its part of it")
+    found = array_checksums(state)
+    if wrong := [name for name, value in record[_ARRAYS].items() if found.get(name) != value]:
+        raise _DamagedError(f"not what was written: {', '.join(wrong)}")
+    return Restored(state, _without_checksums(record))
+
+
+def _read_state(
+    checkpoints: ocp.CheckpointManager, step: int, abstract_state: TrainState
+) -> TrainState:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(abstract_state)))
-    restored = checkpoints.restore(checkpoints.latest_step(), args=args).state
+    with _damage_named("its arrays cannot be read"):
+        restored = checkpoints.restore(step, args=args).state
     return jax.tree.map(
         lambda x, saved: saved if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding),
         abstract_state,
@@ -103,13 +234,64 @@ def restore_state(checkpoints: ocp.CheckpointManager, abstract_state: TrainState
     )
 
 
+@contextlib.contextmanager
+def _damage_named(what: str) -> Iterator[None]:
+    """Turns whatever a damaged file makes a parser raise into a _DamagedError."""
+    try:
+        with _quiet_orbax():
+            yield
+    except Exception as error:
+        if isinstance(error, _NO_DAMAGE) or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise _DamagedError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line[:_LONGEST_REASON]}"
+
+
+def _refuse_if_any(folder: Path, damaged: Sequence[Damage]) -> None:
+    if damaged:
+        raise OSError(
+            f"no checkpoint in {folder} is whole: "
+            + "; ".join(f"{each.reason} (step {each.step})" for each in damaged)
+            + ". Bring back a copy of one, or start again with another --output"
+        )
+
+
+def _set_aside(folder: Path, damaged: Sequence[Damage]) -> None:
+    if not damaged:
+        return
+    if jax.process_index() == 0:
+        aside = folder.parent / _DAMAGED
+        aside.mkdir(exist_ok=True)
+        for each in damaged:
+            names = (f"{each.step}-{number}" for number in itertools.count(1))
+            free = next(aside / name for name in names if not (aside / name).exists())
+            os.rename(folder / str(each.step), free)
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    covered = {name: value for name, value in record.items() if name != _DIGEST}
+    text = json.dumps(covered, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _without_checksums(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in (_DIGEST, _ARRAYS)}
+
+
 def _without_empty(tree: PyTree) -> PyTree:
     # Orbax stores no array of size zero, GaLore's projector of a leaf that it does not project.
     return jax.tree.map(lambda x: x if x.size else None, tree)
 
 
-def differing_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Says in words which of two nested settings differ.
+def differing_settings(
+    saved: Mapping[str, Any], given: Mapping[str, Any], *, but: Container[str] = ()
+) -> list[str]:
+    """Says in words which of two nested settings differ, but for those named.
 
     >>> saved = {"model": {"hidden_size": 128, "num_layers": 4}, "seed": 0}
     >>> differing_settings(saved, {"model": {"hidden_size": 256, "num_layers": 4}, "seed": 0})
@@ -119,7 +301,7 @@ def differing_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> li
     return [
         f"{name} is {_shown(before, name)} there and {_shown(after, name)} here"
         for name in before | after
-        if _shown(before, name) != _shown(after, name)
+        if name not in but and _shown(before, name) != _shown(after, name)
     ]
 
 
@@ -152,12 +334,9 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
 def _disk_errors_named(checkpoints: ocp.CheckpointManager, step: int) -> Iterator[None]:
     """Turns what says that the disk is full into one OSError of one line."""
     latest = checkpoints.latest_step()
-    log = logging.getLogger("absl")
-    level = log.level
-    # Orbax logs the tracebacks of all its threads before it raises the error.
-    log.setLevel(logging.CRITICAL)
     try:
-        yield
+        with _quiet_orbax():
+            yield
     except (OSError, ValueError) as error:
         # TensorStore's errors are ValueErrors that only quote the operating system's.
         codes = [
@@ -174,5 +353,15 @@ def _disk_errors_named(checkpoints: ocp.CheckpointManager, step: int) -> Iterato
             f"{os.strerror(codes[0])}{detail}; "
             + ("there is none before it" if latest is None else f"that of step {latest} is whole"),
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Without the tracebacks of all its threads, which Orbax logs before it raises an error."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
         log.setLevel(level)

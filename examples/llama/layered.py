@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,16 @@ from jaxtyping import Array, Float, Int, PyTree
 from apollo_optax import layerwise, quantization
 from examples.llama import mesh, model
 from examples.llama.config import LlamaConfig
-from examples.llama.train import Rounding, Tokens, Training, TrainState, in_float32, unchanged
+from examples.llama.health import Outcome, judge, max_loss, new_health, record
+from examples.llama.train import (
+    Rounding,
+    Tokens,
+    Training,
+    TrainState,
+    health_of,
+    in_float32,
+    unchanged,
+)
 
 __all__ = [
     "join_params",
@@ -117,6 +126,7 @@ def layered_training(
     seed: int = 0,
     rounding: Rounding = "stochastic",
     float32_moments: bool = False,
+    spike_limit: float | None = None,
 ) -> Training:
     """Returns training layer by layer: no gradient of the whole model exists.
 
@@ -130,6 +140,8 @@ def layered_training(
         with.
       float32_moments: Whether the optimizer is run `in_float32`, which costs a float32 gradient of
         a layer. APOLLO's moments are float32 without it.
+      spike_limit: Guards the step as `train.make_train_step` does, but that gradients of one layer
+        that are not finite leave that layer as it is, not those updated before it.
 
     Returns:
       Training whose parameters are those of `split_params`, the matrices quantized if int8.
@@ -137,18 +149,29 @@ def layered_training(
     layered = layered_model(config, dtype=dtype)
     tx = in_float32(tx) if float32_moments else tx
     written = weight_format(weights, dtype=dtype, rounding=rounding)
-    step = layerwise.make_step(layered, tx, weights=written)
+    plain_step = layerwise.make_step(layered, tx, weights=written)
+    guarded_step = layerwise.make_guarded_step(layered, tx, weights=written)
 
     def init_state(params: model.Params) -> TrainState:
         parts = split_params(params)
         return TrainState(
-            jnp.zeros([], jnp.int32), parts, layerwise.init(tx, parts, weights=written)
+            jnp.zeros([], jnp.int32),
+            parts,
+            layerwise.init(tx, parts, weights=written),
+            None if spike_limit is None else new_health(),
         )
 
-    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Float[Array, ""]]:
+    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Any]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        params, opt_state, loss = step(state.params, state.opt_state, tokens, key)
-        return TrainState(state.step + 1, params, opt_state), loss
+        if spike_limit is None:
+            params, opt_state, loss = plain_step(state.params, state.opt_state, tokens, key)
+            return TrainState(state.step + 1, params, opt_state), loss
+        health = health_of(state)
+        params, opt_state, loss, largest = guarded_step(
+            state.params, state.opt_state, tokens, key, max_loss(health, spike_limit)
+        )
+        outcome = Outcome(loss, judge(health, loss, largest, spike_limit=spike_limit))
+        return TrainState(state.step + 1, params, opt_state, record(health, outcome)), outcome
 
     def float_params(params: PyTree) -> model.Params:
         return join_params(quantization.dequantize(params))

@@ -5,10 +5,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = ["WriteMetrics", "open_metrics", "read_metrics"]
 
-WriteMetrics = Callable[[Mapping[str, float]], None]
+WriteMetrics = Callable[[Mapping[str, Any]], None]
 
 _FILE = "metrics.jsonl"
 
@@ -26,7 +27,8 @@ def open_metrics(
       tensorboard: Whether to write event files.
 
     Yields:
-      A function that writes one line. It takes names and numbers, `step` among them.
+      A function that writes one line. It takes names and values, `step` among them; the event
+      files get the numbers.
     """
     path = folder / _FILE
     _drop_lines_after(path, steps_done)
@@ -40,18 +42,18 @@ def open_metrics(
                 SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
             )
 
-        def write(metrics: Mapping[str, float]) -> None:
+        def write(metrics: Mapping[str, Any]) -> None:
             lines.write(json.dumps(dict(metrics)) + "\n")
             lines.flush()
             if events is not None:
                 for name, value in metrics.items():
-                    if name != "step":
+                    if name != "step" and isinstance(value, int | float):
                         events.add_scalar(name, value, int(metrics["step"]))
 
         yield write
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the lines of a run's metrics: those with `loss` and those with `validation_loss`."""
     lines = (folder / _FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

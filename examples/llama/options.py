@@ -16,11 +16,13 @@ from examples.llama.optimizers import (
 )
 
 __all__ = [
+    "CHANGEABLE",
     "DataOptions",
     "ModelOptions",
     "OptimizerOptions",
     "OutputOptions",
     "PretrainConfig",
+    "ProcessOptions",
     "RunSettings",
     "TrainingOptions",
     "check_options",
@@ -31,6 +33,15 @@ __all__ = [
 ModelName = Literal["nano", "9m", "20m", "60m", "130m", "350m", "1b", "3b", "7b", "13b", "70b"]
 Precision = Literal["f32", "bf16"]
 Weights = Literal["f32", "bf16", "int8"]
+
+CHANGEABLE = frozenset(
+    [
+        *("optimizer.learning_rate", "optimizer.warmup_fraction", "optimizer.final_fraction"),
+        *("optimizer.alpha", "optimizer.update_proj_gap", "optimizer.seed"),
+        *("spike_limit", "seed"),
+    ]
+)
+"""Settings a run may go on with other values of: the state is of the same form."""
 
 # GaLore's own; the alphas of APOLLO are the paper's, by model.
 _GALORE_ALPHA = 0.25
@@ -121,6 +132,9 @@ class TrainingOptions:
       mesh: Trains on all devices: data and fsdp divide the batch, fsdp the weights too, gathered a
         layer at a time; tensor divides heads, feed-forward and vocabulary. The same training up to
         the order of sums.
+      spike_limit: Skip a step whose loss is so many nats above the mean of the last 50 or so, 0
+        for no limit. Steps with gradients that are not finite, or all zero, are skipped always.
+      most_skipped: Stop once so many steps in a row were skipped.
       evaluate_every: Steps between two evaluations; there is always one at the end.
       evaluation_batches: Batches of an evaluation, the same ones each time.
       seed: Seed of weights, data order, projections, stochastic rounding and text sample.
@@ -132,6 +146,8 @@ class TrainingOptions:
     micro_batches: Annotated[int | None, _default("INT", "1; nano: 2")] = None
     update: Literal["standard", "layerwise"] = "standard"
     mesh: Annotated[str | None, _default("data=N,fsdp=N,tensor=N", "the first device")] = None
+    spike_limit: float = 3.0
+    most_skipped: int = 20
     evaluate_every: Annotated[int | None, _default("INT", "a tenth of the steps")] = None
     evaluation_batches: int = 10
     seed: int = 0
@@ -158,7 +174,10 @@ class OutputOptions:
 
     Attributes:
       folder: Folder for all of it.
-      resume: Go on from the last checkpoint in --output, with all other flags as they were.
+      resume: Go on from the last checkpoint in --output, with all other flags as they were; from
+        the beginning if the run was killed before its first.
+      allow_changes: With --resume: go on although the learning rate, its schedule, alpha,
+        update_proj_gap, spike_limit or the seed is another.
       checkpoint_every: Steps between two checkpoints; 0 for the end and interruptions only.
       keep: Checkpoints to keep.
       log_every: Steps between two lines of progress; the metrics have every step.
@@ -177,6 +196,7 @@ class OutputOptions:
         ),
     ] = None
     resume: bool = False
+    allow_changes: bool = False
     checkpoint_every: int = 1000
     keep: int = 2
     log_every: Annotated[int | None, _default("INT", "a fiftieth of the steps, at most 100")] = None
@@ -184,6 +204,25 @@ class OutputOptions:
     sample_length: int = 200
     temperature: float = 0.8
     export: Annotated[Path | None, _default("FOLDER", "none")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """Several processes, each with the same command but for --process; all need the same folder.
+
+    Attributes:
+      coordinator: HOST:PORT of the process 0; auto on Cloud TPU, SLURM, Kubernetes and Open MPI,
+        which know all of these.
+      processes: How many there are.
+      process: Which this is, from 0.
+      process_timeout: Seconds after which a process that does not answer is taken for dead, and
+        the others end.
+    """
+
+    coordinator: Annotated[str | None, _default("HOST:PORT|auto", "one process")] = None
+    processes: Annotated[int | None, _default("INT", "none")] = None
+    process: Annotated[int | None, _default("INT", "none")] = None
+    process_timeout: int = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +238,7 @@ class PretrainConfig:
     training: TrainingOptions = TrainingOptions()
     data: DataOptions = DataOptions()
     output: OutputOptions = OutputOptions()
+    processes: ProcessOptions = ProcessOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +258,7 @@ class RunSettings:
       sequence: Tokens a sequence.
       micro_batches: Parts of a batch.
       update: "standard" or "layerwise".
+      spike_limit: Nats above the running mean from which a loss is a spike, 0 for never.
       seed: Seed of weights, data order, projections and rounding.
       data: What the text is, by name.
       text_digest: Digest of the training tokens, "" for a stream.
@@ -233,6 +274,7 @@ class RunSettings:
     sequence: int
     micro_batches: int
     update: Literal["standard", "layerwise"]
+    spike_limit: float
     seed: int
     data: str
     text_digest: str = ""
@@ -288,6 +330,8 @@ def check_options(config: PretrainConfig) -> None:
     """
     training, output = config.training, config.output
     lowest = {
+        "--spike-limit": (training.spike_limit, 0),
+        "--most-skipped": (training.most_skipped, 1),
         "--evaluate-every": (training.evaluate_every, 1),
         "--evaluation-batches": (training.evaluation_batches, 1),
         "--checkpoint-every": (output.checkpoint_every, 0),
@@ -364,6 +408,7 @@ def resolve(
         sequence=_first(config.training.sequence, defaults.sequence_length),
         micro_batches=_micro_batches(config.training, defaults),
         update=config.training.update,
+        spike_limit=config.training.spike_limit,
         seed=config.training.seed,
         data=data,
         text_digest=text_digest,

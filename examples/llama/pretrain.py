@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from examples.llama.config import MODELS, LlamaConfig, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
+from examples.llama.files import replaced
 from examples.llama.huggingface import load_llama
 from examples.llama.interruption import caught_signals
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
@@ -29,10 +30,12 @@ from examples.llama.options import (
     compared_optimizers,
     resolve,
 )
+from examples.llama.processes import joined_processes, lost_process, writes_files
 from examples.llama.report import RunResult, draw_curves, results_table, write_results
 from examples.llama.run import (
     Evaluation,
     Run,
+    TooManySkippedError,
     has_checkpoint,
     prepare_evaluation,
     read_result,
@@ -45,6 +48,7 @@ __all__ = ["Plan", "main", "prepare", "train_all"]
 
 _PROGRAM = "python -m examples.llama.pretrain"
 _TOKENIZER = "tokenizer.json"
+_RESUMING = ("--resume", "--allow-changes")
 
 
 class Plan(NamedTuple):
@@ -81,13 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
-    try:
-        plan = prepare(config)
-    except (ValueError, ImportError, OSError) as error:
-        return _answer(f"error: {error}", exit_code=2)
-    except KeyboardInterrupt:
-        return _answer("Aborted before the first step", exit_code=128 + signal.SIGINT)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(joined_processes(config.processes))
+            plan = prepare(config)
+        except (ValueError, ImportError, OSError, jax.errors.JaxRuntimeError) as error:
+            return _answer(f"error: {error}", exit_code=2)
+        except KeyboardInterrupt:
+            return _answer("Aborted before the first step", exit_code=128 + signal.SIGINT)
+        return _train_and_report(plan, config, arguments)
+
+
+def _train_and_report(plan: Plan, config: PretrainConfig, arguments: Sequence[str]) -> int:
+    console = rich.console.Console(
+        highlight=False, markup=False, soft_wrap=True, quiet=not writes_files()
+    )
     resuming = _resuming_command(arguments)
     mesh = plan.runs[0].mesh
     with caught_signals() as caught, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
@@ -95,13 +107,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = train_all(plan, config, console, caught)
         except OSError as error:
             return _answer(f"error: {error}. To go on: {resuming}", exit_code=1)
+        except TooManySkippedError as error:
+            return _answer(
+                f"error: {error}. To go on from it with a lower --learning-rate or another "
+                f"--seed: {resuming} --allow-changes",
+                exit_code=1,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            lost_process(
+                f"error: a step of all {jax.process_count()} processes failed, so that one of "
+                f"them may have ended: {error}. To go on, start all again with --resume"
+            )
         except KeyboardInterrupt:
             console.print(f"Aborted. To go on from the last checkpoint, if any:\n{resuming}")
             return 128 + signal.SIGINT
     if len(results) < len(plan.runs):
         console.print(f"Stopped and saved. To go on:\n{resuming}")
         return 128 + caught[0]
-    _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
+    if writes_files():
+        _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
     return 0
 
 
@@ -111,7 +137,7 @@ def _answer(message: str, *, exit_code: int) -> int:
 
 
 def _resuming_command(arguments: Sequence[str]) -> str:
-    flags = [argument for argument in arguments if argument != "--resume"]
+    flags = [argument for argument in arguments if argument not in _RESUMING]
     return shlex.join([*_PROGRAM.split(), *flags, "--resume"])
 
 
@@ -154,8 +180,10 @@ def prepare(config: PretrainConfig) -> Plan:
         Run(each, folder / name if len(names) > 1 else folder, config.output.resume, mesh)
         for name, each in zip(names, settings, strict=True)
     ]
-    runs = [run._replace(resume=has_checkpoint(run)) for run in runs]
-    if config.output.resume and not any(run.resume for run in runs):
+    changes = config.output.allow_changes
+    runs = [run._replace(resume=has_checkpoint(run, changes=changes)) for run in runs]
+    # A folder without one is of a run that was killed before its first.
+    if config.output.resume and not any(run.resume for run in runs) and not folder.is_dir():
         raise ValueError(
             f"there is no checkpoint to resume in {folder}; leave --resume out to start, or name "
             "the --output of the run"
@@ -169,6 +197,11 @@ def _model_name(config: PretrainConfig) -> str:
 
 def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
     if config.training.mesh is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{jax.process_count()} processes train on one --mesh; give it the sizes of all "
+                f"{jax.device_count()} devices, such as --mesh data={jax.device_count()}"
+            )
         return None
     sizes = parse_mesh(config.training.mesh)
     mesh = make_mesh(sizes)
@@ -227,7 +260,9 @@ def train_all(
     shape = plan.runs[0].settings.model
     console.print(f"{parameter_count(shape):,} parameters, trained on {plan.text.name}")
     plan.folder.mkdir(parents=True, exist_ok=True)
-    plan.text.tokenizer.save(plan.folder / _TOKENIZER)
+    if writes_files():
+        with replaced(plan.folder / _TOKENIZER) as partial:
+            plan.text.tokenizer.save(partial)
     results: list[RunResult] = []
     for run in plan.runs:
         output = config.output
@@ -236,7 +271,13 @@ def train_all(
         exported = output.export is None or output.export.exists()
         result = read_result(run) if exported else None
         result = result or train_run(
-            run, plan.text, plan.evaluation, output, console, lambda: bool(caught)
+            run,
+            plan.text,
+            plan.evaluation,
+            output,
+            console,
+            lambda: bool(caught),
+            config.training.most_skipped,
         )
         if result is None:
             break

@@ -17,10 +17,12 @@ class Progress(NamedTuple):
     Attributes:
       step: Shows a step, its loss and the seconds of a step.
       evaluation: Shows a step and the validation loss after it.
+      skipped: Shows a step that was skipped, why, and how many were.
     """
 
     step: Callable[[int, float, float], None]
     evaluation: Callable[[int, float], None]
+    skipped: Callable[[int, str, int], None]
 
 
 @contextlib.contextmanager
@@ -49,12 +51,16 @@ def show_progress(
     def show_evaluation(step: int, loss: float) -> None:
         console.print(f"{title}  step {step}/{steps}  validation loss {loss:.4f}")
 
+    def show_skipped(step: int, cause: str, number: int) -> None:
+        console.print(f"{title}  step {step}/{steps}  skipped, {cause}; {number} skipped so far")
+
     if not console.is_terminal:
         yield Progress(
             lambda step, *rest: console.print(
                 f"{title}  step {step}/{steps}  {last_step(step, *rest)}"
             ),
             show_evaluation,
+            show_skipped,
         )
         return
     columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn())
@@ -67,6 +73,7 @@ def show_progress(
                 task, completed=step, last=last_step(step, *rest)
             ),
             show_evaluation,
+            show_skipped,
         )
 
 

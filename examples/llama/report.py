@@ -14,9 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.filesize import decimal
 
+from examples.llama.files import write_text
+
 __all__ = ["RunResult", "draw_curves", "results_markdown", "results_table", "write_results"]
 
-Curve = Sequence[Mapping[str, float]]
+Curve = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class RunResult:
       state_bytes: Bytes of all arrays of the optimizer's state.
       parameter_bytes: Bytes of all parameters.
       step_milliseconds: Median time of a step; None if none was taken.
+      skipped_steps: How many of the steps were skipped, as `health` decides.
       sample: Text the trained model wrote, after its prompt; "" for none.
     """
 
@@ -45,6 +48,7 @@ class RunResult:
     state_bytes: int
     parameter_bytes: int
     step_milliseconds: float | None
+    skipped_steps: int = 0
     sample: str = ""
 
     @property
@@ -111,8 +115,8 @@ def write_results(folder: Path, results: Sequence[RunResult], about: Mapping[str
         for result in results
     ]
     numbers = json.dumps({**about, "runs": runs}, indent=2)
-    (folder / "results.json").write_text(numbers + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(results_markdown(results), encoding="utf-8")
+    write_text(folder / "results.json", numbers + "\n")
+    write_text(folder / "results.md", results_markdown(results))
 
 
 def draw_curves(path: Path, curves: Mapping[str, Curve], *, title: str) -> None:
@@ -143,7 +147,7 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], *, title: str) -> None:
 
 
 def _series(curve: Curve, name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(line["step"], line[name]) for line in curve if name in line]
+    points = [(line["step"], line[name]) for line in curve if line.get(name) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values
 

@@ -1,5 +1,6 @@
 """One run: from its first step or its last checkpoint to the end, or to an interruption."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -25,23 +26,34 @@ from examples.llama.checkpoint import (
     differing_settings,
     open_checkpoints,
     read_record,
-    restore_state,
+    restore,
     save,
     tree_bytes,
 )
+from examples.llama.files import replaced, write_text
 from examples.llama.generate import generate
+from examples.llama.health import CAUSES, Outcome
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
 from examples.llama.mesh import batch_sharding, devices_dividing_batch, param_shardings
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
 from examples.llama.optimizers import FLOAT32_MOMENTS, learning_rate_schedule, make_optimizer
-from examples.llama.options import OutputOptions, RunSettings
+from examples.llama.options import CHANGEABLE, OutputOptions, RunSettings
+from examples.llama.processes import agreed, everywhere, writes_files
 from examples.llama.progress import Progress, show_progress
 from examples.llama.report import RunResult
 from examples.llama.text import Text, training_batches
 from examples.llama.tokenizer import ByteTokenizer
 
-__all__ = ["Evaluation", "Run", "has_checkpoint", "prepare_evaluation", "read_result", "train_run"]
+__all__ = [
+    "Evaluation",
+    "Run",
+    "TooManySkippedError",
+    "has_checkpoint",
+    "prepare_evaluation",
+    "read_result",
+    "train_run",
+]
 
 _DTYPES: dict[str, DTypeLike] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 # What weights are before they are quantized.
@@ -52,6 +64,10 @@ _STEPS_IN_FLIGHT = 2
 _CHECKPOINTS = "checkpoints"
 _RESULT = "result.json"
 _PROMPT_TOKENS = 32
+
+
+class TooManySkippedError(Exception):
+    """So many steps in a row could not be taken that to go on makes no sense."""
 
 
 class Run(NamedTuple):
@@ -106,6 +122,7 @@ def training(settings: RunSettings) -> train.Training:
             dtype=dtype,
             seed=settings.seed,
             float32_moments=settings.optimizer.name not in FLOAT32_MOMENTS,
+            spike_limit=settings.spike_limit,
         )
     return train.standard_training(
         settings.model,
@@ -114,19 +131,22 @@ def training(settings: RunSettings) -> train.Training:
         remat=settings.remat,
         micro_batches=settings.micro_batches,
         seed=settings.seed,
+        spike_limit=settings.spike_limit,
     )
 
 
-def has_checkpoint(run: Run) -> bool:
+def has_checkpoint(run: Run, *, changes: bool = False) -> bool:
     """Returns whether the run has a checkpoint to go on from; reads no arrays of it.
+
+    Args:
+      run: The run.
+      changes: Whether settings that are `CHANGEABLE` may be other ones.
 
     Raises:
       ValueError: If the folder holds another run, or one that is not to be resumed.
+      OSError: If the records of all checkpoints are damaged.
     """
-    record = None
-    if (run.folder / _CHECKPOINTS).is_dir():
-        with open_checkpoints(run.folder / _CHECKPOINTS) as checkpoints:
-            record = read_record(checkpoints)
+    record = read_record(run.folder / _CHECKPOINTS)
     if record is None:
         return False
     if not run.resume:
@@ -134,7 +154,10 @@ def has_checkpoint(run: Run) -> bool:
             f"{run.folder} holds a run already; go on with it by --resume, or choose another "
             "--output"
         )
-    if differences := differing_settings(record["settings"], _as_json(run.settings)):
+    differences = differing_settings(
+        record["settings"], _as_json(run.settings), but=CHANGEABLE if changes else ()
+    )
+    if differences:
         raise ValueError(
             f"the checkpoint in {run.folder} is of another run: {'; '.join(differences)}. Resume "
             "with the flags it was started with, or choose another --output"
@@ -153,6 +176,7 @@ def train_run(
     options: OutputOptions,
     console: rich.console.Console,
     stopped: Callable[[], bool],
+    most_skipped: int,
 ) -> RunResult | None:
     """Trains until the last step or until stopped, and saves.
 
@@ -163,23 +187,28 @@ def train_run(
       options: What to keep.
       console: Shows the progress.
       stopped: Asked after every step whether to stop.
+      most_skipped: Steps in a row that may be skipped.
 
     Returns:
       What the run came to; None if it was stopped before its last step.
 
     Raises:
-      OSError: If the disk is full.
+      OSError: If the disk is full, or all checkpoints are damaged.
+      TooManySkippedError: If `most_skipped` steps in a row were skipped; nothing was saved since.
     """
     settings = run.settings
     run.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        folder = run.folder / _CHECKPOINTS
-        checkpoints = stack.enter_context(open_checkpoints(folder, keep=options.keep))
-        start = _start(run, text, checkpoints)
+        start = _start(run, text, console)
         stack.enter_context(contextlib.closing(start.batches))
+        checkpoints = stack.enter_context(
+            open_checkpoints(run.folder / _CHECKPOINTS, keep=options.keep)
+        )
         done = int(start.state.step)
         write = stack.enter_context(
             open_metrics(run.folder, steps_done=done, tensorboard=options.tensorboard)
+            if writes_files()
+            else contextlib.nullcontext(lambda metrics: None)
         )
         show = stack.enter_context(
             show_progress(
@@ -190,11 +219,11 @@ def train_run(
                 tokens_per_step=settings.tokens_per_step,
             )
         )
-        kept = _Kept(checkpoints, write, show, options)
-        state, step_seconds = _take_steps(run, start, evaluation, kept, stopped)
-    if int(state.step) < settings.steps:
+        kept = _Kept(checkpoints, write, show, options, most_skipped)
+        taken = _take_steps(run, start, evaluation, kept, stopped)
+    if int(taken.state.step) < settings.steps:
         return None
-    return _result(run, state, text, options, step_seconds)
+    return _result(run, taken, text, options)
 
 
 def read_result(run: Run) -> RunResult | None:
@@ -213,24 +242,29 @@ class _Start(NamedTuple):
     seconds: float
 
 
-def _start(run: Run, text: Text, checkpoints: ocp.CheckpointManager) -> _Start:
+def _start(run: Run, text: Text, console: rich.console.Console) -> _Start:
     settings = run.settings
     init_state = training(settings).init_state
     batches = training_batches(text, settings)
-    record = read_record(checkpoints) if run.resume else None
     placement = _placement(run)
-    if record is None:
+    if not run.resume:
         params = _initial_params(run, placement)
         # Donated, so that no second copy of the weights exists.
         init = jax.jit(init_state, donate_argnums=0, out_shardings=placement.state)
         return _Start(init(params), batches, 0.0)
-    batches.set_state(record["batches"])
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(lambda: init_state(_new_params(settings))),
         placement.state,
     )
-    return _Start(restore_state(checkpoints, abstract_state), batches, record["seconds"])
+    restored = restore(run.folder / _CHECKPOINTS, abstract_state)
+    for damage in restored.damaged:
+        console.print(
+            f"The checkpoint of step {damage.step} is damaged, {damage.reason}. It was moved to "
+            f"{run.folder / 'damaged'}; the run goes on from step {int(restored.state.step)}"
+        )
+    batches.set_state(restored.record["batches"])
+    return _Start(restored.state, batches, restored.record["seconds"])
 
 
 class _Placement(NamedTuple):
@@ -305,6 +339,15 @@ class _Kept(NamedTuple):
     write: WriteMetrics
     show: Progress
     options: OutputOptions
+    most_skipped: int
+
+
+class _Taken(NamedTuple):
+    """What came of the steps: the state, each one's seconds, the last validation loss if any."""
+
+    state: train.TrainState
+    step_seconds: list[float]
+    validation_loss: float | None
 
 
 def _compile_step(run: Run, state: train.TrainState) -> Callable[..., Any]:
@@ -321,7 +364,11 @@ def _compile_step(run: Run, state: train.TrainState) -> Callable[..., Any]:
     one_at_a_time = run.mesh is not None and jax.default_backend() == "cpu"
 
     def take_step(state: train.TrainState, tokens: np.ndarray) -> Any:
-        done = compiled(state, jax.device_put(tokens, placement.batch))
+        # Every process has the whole batch, and puts its rows of it on its devices.
+        placed = jax.make_array_from_callback(
+            tokens.shape, placement.batch, lambda rows: tokens[rows]
+        )
+        done = compiled(state, placed)
         return jax.block_until_ready(done) if one_at_a_time else done
 
     return take_step
@@ -333,85 +380,130 @@ def _take_steps(
     evaluation: Evaluation,
     kept: _Kept,
     stopped: Callable[[], bool],
-) -> tuple[train.TrainState, list[float]]:
-    """Takes the steps that are left; returns the state and the seconds of each step."""
+) -> _Taken:
+    """Takes the steps that are left."""
     settings = run.settings
     state, batches, steps = start.state, start.batches, settings.steps
     log_every = kept.options.log_every or min(100, max(1, steps // 50))
     train_step = _compile_step(run, state)
-    step_metrics = _step_metrics(settings)
-    losses: list[jax.Array] = []
+    is_stopped = agreed(stopped, run.mesh)
+    watch = _Watch(settings, state, kept)
+    outcomes: list[Outcome] = []
     step_seconds: list[float] = []
+    validation_loss = None
+    save_is_due = False
     began = time.perf_counter() - start.seconds
     for step in range(int(state.step) + 1, steps + 1):
         step_began = time.perf_counter()
-        state, loss = train_step(state, next(batches)["tokens"])
-        losses.append(loss)
-        losses[-_STEPS_IN_FLIGHT:][0].block_until_ready()
+        state, outcome = train_step(state, next(batches)["tokens"])
+        outcomes.append(outcome)
+        watch.see(step, outcome, in_flight=_STEPS_IN_FLIGHT)
         step_seconds.append(time.perf_counter() - step_began)
 
-        ends = stopped() or step == steps
+        ends = is_stopped() or step == steps
         evaluates = step == steps or _is_due(step, evaluation.every)
-        saves = ends or _is_due(step, kept.options.checkpoint_every)
-        if ends or evaluates or saves or _is_due(step, log_every):
-            for line in step_metrics(step, jax.device_get(losses)):
+        save_is_due |= _is_due(step, kept.options.checkpoint_every)
+        gives_up = watch.skipped_in_a_row >= kept.most_skipped
+        if ends or evaluates or save_is_due or gives_up or _is_due(step, log_every):
+            watch.settle()
+            for line in watch.metrics(step, jax.device_get(outcomes)):
                 kept.write(line | {"seconds": time.perf_counter() - began})
-            kept.show.step(step, float(losses[-1]), statistics.median(step_seconds[-log_every:]))
-            losses.clear()
+            kept.show.step(step, float(outcome.loss), statistics.median(step_seconds[-log_every:]))
+            outcomes.clear()
+        if gives_up:
+            raise TooManySkippedError(
+                f"{watch.skipped_in_a_row} steps in a row were skipped, until step {step} "
+                f"({watch.last_cause}); " + _last_saved(kept.checkpoints)
+            )
         if evaluates:
             validation_loss = evaluation.validation_loss(state.params)
             kept.write({"step": step, "validation_loss": validation_loss})
             kept.show.evaluation(step, validation_loss)
-        if saves:
+        # While steps are skipped, the checkpoints before are what there is to go back to.
+        if ends or (save_is_due and watch.skipped_in_a_row == 0):
             record = {
                 "settings": dataclasses.asdict(settings),
                 "batches": batches.get_state(),
                 "seconds": time.perf_counter() - began,
             }
             save(kept.checkpoints, state, record)
+            save_is_due = False
         if ends:
             break
-    return state, step_seconds
+    return _Taken(state, step_seconds, validation_loss)
+
+
+def _last_saved(checkpoints: ocp.CheckpointManager) -> str:
+    step = checkpoints.latest_step()
+    return "no checkpoint was saved before" if step is None else f"the last checkpoint is {step}'s"
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _step_metrics(
-    settings: RunSettings,
-) -> Callable[[int, Sequence[Any]], Iterator[dict[str, float]]]:
-    """Returns the function that makes the metrics of the last steps of their losses."""
-    schedule = learning_rate_schedule(settings.optimizer)
-    learning_rates = np.asarray(schedule(np.arange(settings.steps)))
+class _Watch:
+    """Follows from the host what comes of the steps, a little behind the device.
 
-    def step_metrics(last: int, losses: Sequence[Any]) -> Iterator[dict[str, float]]:
-        for step, loss in enumerate(losses, start=last - len(losses) + 1):
-            yield {
+    Attributes:
+      skipped_in_a_row: How many of the last steps seen were skipped.
+      last_cause: Why the last one of them was.
+    """
+
+    def __init__(self, settings: RunSettings, state: train.TrainState, kept: _Kept):
+        health = train.health_of(state)
+        self.skipped_in_a_row = int(health.in_a_row)
+        self.last_cause = ""
+        self._skipped = int(health.skipped)
+        self._taken_before_metrics = int(state.step) - self._skipped
+        self._settings, self._show = settings, kept.show
+        schedule = learning_rate_schedule(settings.optimizer)
+        self._learning_rates = np.asarray(schedule(np.arange(settings.steps)))
+        self._unseen: collections.deque[tuple[int, Outcome]] = collections.deque()
+
+    def see(self, step: int, outcome: Outcome, *, in_flight: int) -> None:
+        """Takes up a step, and waits until so many at most are not done."""
+        self._unseen.append((step, outcome))
+        while len(self._unseen) >= in_flight:
+            self._see_one(*self._unseen.popleft())
+
+    def settle(self) -> None:
+        """Waits for all steps."""
+        while self._unseen:
+            self._see_one(*self._unseen.popleft())
+
+    def _see_one(self, step: int, outcome: Outcome) -> None:
+        cause = CAUSES[int(outcome.verdict)]
+        if not cause:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self._skipped += 1
+        self.last_cause = cause
+        self._show.skipped(step, cause, self._skipped)
+
+    def metrics(self, last: int, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+        """Makes the lines of the last steps, once each; learning rates follow the steps taken."""
+        for step, outcome in enumerate(outcomes, start=last - len(outcomes) + 1):
+            cause, loss = CAUSES[int(outcome.verdict)], float(outcome.loss)
+            line = {
                 "step": step,
-                "loss": float(loss),
-                "learning_rate": float(learning_rates[step - 1]),
-                "tokens": step * settings.tokens_per_step,
+                "loss": loss if math.isfinite(loss) else None,
+                "learning_rate": float(self._learning_rates[self._taken_before_metrics]),
+                "tokens": step * self._settings.tokens_per_step,
             }
+            self._taken_before_metrics += not cause
+            yield line | ({"skipped": cause} if cause else {})
 
-    return step_metrics
 
-
-def _result(
-    run: Run,
-    state: train.TrainState,
-    text: Text,
-    options: OutputOptions,
-    step_seconds: Sequence[float],
-) -> RunResult:
-    settings = run.settings
-    validation_loss = read_metrics(run.folder)[-1]["validation_loss"]
+def _result(run: Run, taken: _Taken, text: Text, options: OutputOptions) -> RunResult:
+    settings, state = run.settings, taken.state
+    validation_loss = taken.validation_loss
+    if validation_loss is None:  # the last step was taken before
+        validation_loss = read_metrics(run.folder)[-1]["validation_loss"]
     is_bytes = isinstance(text.tokenizer, ByteTokenizer)
     if options.export is not None:
-        # In the host's memory: the float weights may not fit on the device.
-        params = jax.device_put(state.params, jax.local_devices(backend="cpu")[0])
-        save_llama(options.export, settings.model, training(settings).float_params(params))
-        text.tokenizer.save(options.export / "tokenizer.json")
+        _export(options.export, run, state.params, text)
     result = RunResult(
         optimizer=settings.optimizer.name,
         learning_rate=settings.optimizer.learning_rate,
@@ -421,13 +513,24 @@ def _result(
         bits_per_byte=validation_loss / math.log(2) if is_bytes else None,
         state_bytes=tree_bytes(state.opt_state),
         parameter_bytes=tree_bytes(state.params),
-        step_milliseconds=_step_milliseconds(run, step_seconds),
+        step_milliseconds=_step_milliseconds(run, taken.step_seconds),
+        skipped_steps=int(train.health_of(state).skipped),
         sample=_sample(settings, state.params, text, options),
     )
-    (run.folder / _RESULT).write_text(
-        json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8"
-    )
+    if writes_files():
+        write_text(run.folder / _RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
+
+
+def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
+    # In the host's memory: the float weights may not fit on the device.
+    params = everywhere(params)
+    if not writes_files():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(folder) as partial, jax.default_device(jax.local_devices(backend="cpu")[0]):
+        save_llama(partial, run.settings.model, training(run.settings).float_params(params))
+        text.tokenizer.save(partial / "tokenizer.json")
 
 
 def _step_milliseconds(run: Run, step_seconds: Sequence[float]) -> float | None:

@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, Int32, PyTree
 import apollo_optax
 from examples.llama import model
 from examples.llama.config import LlamaConfig
+from examples.llama.health import Health, Outcome, judge, largest_of, new_health, record
 
 __all__ = [
     "Rounding",
     "TrainState",
     "Training",
+    "health_of",
     "in_float32",
     "init_state",
     "make_loss",
@@ -41,11 +43,24 @@ class TrainState(NamedTuple):
       step: Optimizer steps done, int32 scalar.
       params: The parameters, in the form that `Training` keeps them in.
       opt_state: The optimizer's state.
+      health: Of the steps done; None where none is skipped.
     """
 
     step: Int32[Array, ""]
     params: PyTree
     opt_state: optax.OptState
+    health: Health | None = None
+
+
+def health_of(state: TrainState) -> Health:
+    """Returns the health of a state that a guarded step reads.
+
+    Raises:
+      ValueError: If the state is that of a step that is not guarded.
+    """
+    if state.health is None:
+        raise ValueError("the state has no health; make it with a spike_limit")
+    return state.health
 
 
 class Training(NamedTuple):
@@ -56,7 +71,8 @@ class Training(NamedTuple):
         in; what `model.init_params` takes as `convert`.
       init_state: Makes the state before the first step of the parameters that result.
       step: The jitted step, `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before
-        the step)`. It takes over the memory of the state it is given.
+        the step)`, or `-> (state, Outcome)` if guarded. It takes over the memory of the state it
+        is given.
       loss: `(state.params, tokens) -> float32 scalar`, to evaluate with.
       logits: `(state.params, int32 (batch, sequence)) -> float32 (batch, sequence, vocab)`.
       float_params: Turns `state.params` into what `model.forward` takes.
@@ -80,6 +96,7 @@ def standard_training(
     seed: int = 0,
     float32_moments: bool = True,
     rounding: Rounding = "stochastic",
+    spike_limit: float | None = None,
 ) -> Training:
     """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`.
 
@@ -87,9 +104,17 @@ def standard_training(
     """
     tx = in_float32(tx) if float32_moments else tx
     loss = make_loss(config, dtype=dtype, remat=remat)
-    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed, rounding=rounding)
+    step = make_train_step(
+        loss,
+        tx,
+        micro_batches=micro_batches,
+        seed=seed,
+        rounding=rounding,
+        spike_limit=spike_limit,
+    )
+    init = functools.partial(init_state, tx, guarded=spike_limit is not None)
     logits = functools.partial(model.forward, config, dtype=dtype)
-    return Training(unchanged, functools.partial(init_state, tx), step, loss, logits, unchanged)
+    return Training(unchanged, init, step, loss, logits, unchanged)
 
 
 def unchanged(params: model.Params) -> model.Params:
@@ -120,9 +145,12 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def init_state(tx: optax.GradientTransformation, params: model.Params) -> TrainState:
+def init_state(
+    tx: optax.GradientTransformation, params: model.Params, *, guarded: bool = False
+) -> TrainState:
     """Returns the state before the first step."""
-    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(tx.init)(params))
+    health = new_health() if guarded else None
+    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(tx.init)(params), health)
 
 
 def make_loss(config: LlamaConfig, *, dtype: DTypeLike, remat: bool) -> LossFunction:
@@ -151,6 +179,7 @@ def make_train_step(
     micro_batches: int = 1,
     seed: int = 0,
     rounding: Rounding = "stochastic",
+    spike_limit: float | None = None,
 ) -> jax.stages.Wrapped:
     """Returns the jitted step. It takes over the memory of the state it is given.
 
@@ -161,12 +190,16 @@ def make_train_step(
         another in float32; divides the batch.
       seed: Seed of the stochastic rounding of bfloat16 weights.
       rounding: Of bfloat16 weights; "nearest" loses small updates, and is there to compare with.
+      spike_limit: Guards the step: weights and optimizer state stay as they are if loss or
+        gradients are not finite, the gradients are all zero, or the loss is so many nats above the
+        mean of those before, 0 for any. None: every step is taken.
 
     Returns:
-      `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before the step)`.
+      `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before the step)`; guarded,
+      `-> (state, Outcome)`, of a state with health.
     """
 
-    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Float[Array, ""]]:
+    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Any]:
         value, grads = _value_and_grad(loss, state.params, tokens, micro_batches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -174,7 +207,17 @@ def make_train_step(
             params = apollo_optax.apply_updates_stochastic(state.params, updates, key)
         else:
             params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), value
+        if spike_limit is None:
+            return TrainState(state.step + 1, params, opt_state), value
+        health = health_of(state)
+        verdict = judge(health, value, largest_of(grads), spike_limit=spike_limit)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(verdict == 0, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        outcome = Outcome(value, verdict)
+        return TrainState(state.step + 1, params, opt_state, record(health, outcome)), outcome
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -2,20 +2,21 @@ import errno
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from examples.llama.checkpoint import (
     differing_settings,
     open_checkpoints,
     read_record,
-    restore_state,
+    restore,
     save,
     tree_bytes,
 )
@@ -40,7 +41,8 @@ def numbered(state: TrainState) -> TrainState:
 
 
 def abstract(state: TrainState) -> TrainState:
-    return jax.eval_shape(lambda: state)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -51,7 +53,7 @@ def test_a_state_comes_back_to_the_bit_in_its_own_structure(
     state = numbered(state_of(name, dtype=dtype))
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, state, {})
-        restored = restore_state(checkpoints, abstract(state))
+    restored = restore(tmp_path, abstract(state)).state
     before, treedef = jax.tree.flatten(state)
     after, restored_treedef = jax.tree.flatten(restored)
     assert str(restored_treedef) == str(treedef)
@@ -61,13 +63,13 @@ def test_a_state_comes_back_to_the_bit_in_its_own_structure(
 
 
 def test_the_latest_record_is_read_without_the_arrays(tmp_path: Path) -> None:
+    assert read_record(tmp_path / "missing") is None
+    assert read_record(tmp_path) is None
     with open_checkpoints(tmp_path) as checkpoints:
-        assert read_record(checkpoints) is None
         save(checkpoints, state_of("sgd", step=1), {"batches": {"next_index": 1}})
         save(checkpoints, state_of("sgd", step=2), {"batches": {"next_index": 2}})
     shutil.rmtree(tmp_path / "2" / "state")
-    with open_checkpoints(tmp_path) as checkpoints:
-        assert read_record(checkpoints) == {"batches": {"next_index": 2}}
+    assert read_record(tmp_path) == {"batches": {"next_index": 2}}
 
 
 def test_only_the_latest_are_kept(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_saving_a_step_again_leaves_it_as_it_is(tmp_path: Path) -> None:
     with open_checkpoints(tmp_path) as checkpoints:
         save(checkpoints, state_of("sgd", step=1), {"first": True})
         save(checkpoints, state_of("sgd", step=1), {"first": False})
-        assert read_record(checkpoints) == {"first": True}
+    assert read_record(tmp_path) == {"first": True}
 
 
 def test_keeping_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -143,8 +145,128 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_whole(
         save(checkpoints, small, {"step": 1})
         with pytest.raises(OSError, match="step 2 .*File too large.*step 1 is whole"):
             save(checkpoints, TrainState(jnp.int32(2), {"noise": noise}, ()), {"step": 2})
-    with open_checkpoints(tmp_path) as checkpoints:
-        assert read_record(checkpoints) == {"step": 1}
-        restored = restore_state(checkpoints, abstract(small))
+    with open_checkpoints(tmp_path):
+        pass
+    restored, record, damaged = restore(tmp_path, abstract(small))
+    assert record == {"step": 1}
+    assert not damaged
     np.testing.assert_array_equal(restored.params["norm"]["scale"], small.params["norm"]["scale"])
     assert not list(tmp_path.glob("*tmp*"))
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    with open_checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, numbered(state_of("sgd", step=step)), {"at": step})
+    return folder
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": truncate,
+    "flipped": flip_a_bit,
+    "missing": Path.unlink,
+}
+
+
+# When one array cannot be read, Orbax closes the loop that its other reads still report to.
+after_failed_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@after_failed_reads
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_file_is_damaged_the_state_is_whole_or_that_of_the_checkpoint_before(
+    damage: str, two_checkpoints: Path, tmp_path: Path
+) -> None:
+    found = 0
+    for number, path in enumerate(files_of(two_checkpoints / "2")):
+        folder = tmp_path / str(number) / "checkpoints"
+        shutil.copytree(two_checkpoints, folder)
+        DAMAGES[damage](folder / path.relative_to(two_checkpoints))
+        restored = restore(folder, abstract(state_of("sgd")))
+        # What is written about a checkpoint, such as its time, is not the checkpoint.
+        step = 1 if restored.damaged else 2
+        found += len(restored.damaged)
+        assert restored.record == {"at": step}
+        expected = numbered(state_of("sgd", step=step))
+        jax.tree.map(np.testing.assert_array_equal, restored.state, expected)
+        assert [each.step for each in restored.damaged] == [2] * (step == 1)
+        assert (folder / "2").exists() == (step == 2)
+        assert (folder.parent / "damaged" / "2-1").exists() == (step == 1)
+    assert found >= 3
+
+
+@after_failed_reads
+def test_a_step_that_was_damaged_can_be_saved_again(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, folder)
+    for number in (1, 2):
+        shutil.rmtree(folder / "2" / "state")
+        restored = restore(folder, abstract(state_of("sgd")))
+        assert "arrays cannot be read" in restored.damaged[0].reason
+        with open_checkpoints(folder) as checkpoints:
+            save(checkpoints, state_of("sgd", step=2), {"again": number})
+        assert read_record(folder) == {"again": number}
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"2-1", "2-2"}
+
+
+def test_a_changed_value_is_found_and_named(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, folder)
+    other = numbered(state_of("sgd", step=2))
+    scale = other.params["norm"]["scale"]
+    other.params["norm"]["scale"] = scale.at[1].set(jnp.nextafter(scale[1], 9.0))
+    shutil.rmtree(folder / "2" / "state")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / "2" / "state", other)
+    (damage,) = restore(folder, abstract(other)).damaged
+    assert damage.reason == "not what was written: params.norm.scale"
+
+
+def test_when_all_are_damaged_nothing_is_moved_and_each_is_named(
+    two_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, folder)
+    for step in ("1", "2"):
+        truncate(folder / step / "record" / "metadata")
+    with pytest.raises(OSError, match=r"no checkpoint in .* is whole: .*step 2.*step 1"):
+        restore(folder, abstract(state_of("sgd")))
+    with pytest.raises(OSError, match="no checkpoint in .* is whole"):
+        read_record(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_no_memory_left_is_not_taken_for_damage(
+    two_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, folder)
+
+    def restore_nothing(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore_nothing)
+    with pytest.raises(MemoryError):
+        restore(folder, abstract(state_of("sgd")))
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_folder_without_checkpoints_cannot_be_restored(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        restore(tmp_path, abstract(state_of("sgd")))

@@ -178,7 +178,8 @@ def checkpoint(folder: Path, step: int = STEPS) -> Any:
 
 def record(folder: Path, step: int = STEPS) -> dict[str, Any]:
     path = folder / "checkpoints" / str(step) / "record" / "metadata"
-    return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+    written = json.loads(path.read_text())
+    return {k: v for k, v in written.items() if k not in ("seconds", "digest")}
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

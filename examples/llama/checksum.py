@@ -1,0 +1,58 @@
+"""Checksums of arrays, computed where they lie and the same however they are divided."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, UInt32
+
+__all__ = ["array_checksums"]
+
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_SEEDS = (0x9E3779B1, 0x85EBCA77)
+
+
+def array_checksums(tree: PyTree[Array]) -> dict[str, str]:
+    """Returns 64 bits, in hexadecimal, of every array of a tree that is not empty.
+
+    Sums, modulo 2^32, of a hash of every element's bits and position: integers add up to the same
+    in any order, so that an array has one checksum on one device and on a mesh of many processes.
+    No array is moved or copied.
+
+    Args:
+      tree: Arrays of at most 4 bytes an element.
+
+    Returns:
+      The checksum by the array's path, its keys joined by points.
+
+    >>> array_checksums({"w": jnp.zeros(2)}) == array_checksums({"w": jnp.array([0.0, -0.0])})
+    False
+    """
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if leaf.size
+    }
+    sums = jax.device_get(_sums(named))
+    return {name: "".join(f"{int(value):08x}" for value in sums[name]) for name in named}
+
+
+@jax.jit
+def _sums(named: dict[str, Array]) -> dict[str, list[UInt32[Array, ""]]]:
+    return {name: [_sum(leaf, seed) for seed in _SEEDS] for name, leaf in named.items()}
+
+
+def _sum(leaf: Array, seed: int) -> UInt32[Array, ""]:
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(leaf, _BITS[leaf.dtype.itemsize]).astype(jnp.uint32)
+    hashed = bits ^ jnp.uint32(seed)
+    for axis in range(leaf.ndim):
+        position = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        hashed = _mixed(hashed + (position + 1) * jnp.uint32(seed))
+    return jnp.sum(_mixed(hashed), dtype=jnp.uint32)
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The last step of MurmurHash3: every bit of the result depends on every bit of `x`."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
