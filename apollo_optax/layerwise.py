@@ -71,6 +71,10 @@ STOCHASTIC = WeightFormat(lambda params: params, apply_updates_stochastic)
 """Weights as they are, updates added by `apply_updates_stochastic`: for bfloat16 and float16."""
 
 
+SQUARES_OVERFLOW = 1e15
+"""The square of a gradient this large, summed over a matrix, overflows float32: so do moments."""
+
+
 class _ParamLike:
     """A tree of an optimizer state that mirrors the parameters, as one leaf."""
 
@@ -336,7 +340,8 @@ def make_guarded_step(
 
     Everything stays, weights and state, if the loss is NaN or above `max_loss`. The gradients of
     one part, a layer or what is beside the layers, exist one after another: a part whose gradients
-    are not finite, or are all zero, stays as it is, while those before it are updated already.
+    are all zero, or beyond `SQUARES_OVERFLOW`, stays as it is, while those before it are updated
+    already.
 
     Args:
       model: As `make_step`'s.
@@ -507,7 +512,7 @@ def _updater(
         if accepted is None:
             return (params, new.mirrored), new.shared, None
         of_part = _largest(grads)
-        usable = accepted & jnp.isfinite(of_part) & (of_part > 0)
+        usable = accepted & (of_part < SQUARES_OVERFLOW) & (of_part > 0)
         part = _select(usable, (params, new.mirrored), part)
         return part, new.shared, jnp.maximum(largest, of_part)
 

@@ -408,3 +408,89 @@ def test_what_cannot_run_layer_by_layer_is_refused(tx, match):
 def test_parameters_of_another_form_are_refused(params, match):
     with pytest.raises(ValueError, match=match):
         layerwise.init(optax.sgd(0.1), params)
+
+
+ROOTS = layerwise.LayerwiseModel(
+    embed=lambda rest, batch: batch * rest["scale"][None],
+    # The gradient of `root` at 0 is infinite; what passes on to the layer before is not.
+    block=lambda block, x: jnp.tanh(x @ block["w"]) + jnp.sum(jnp.sqrt(block["root"])),
+    loss=lambda rest, x, batch: jnp.mean((x @ rest["out"]) ** 2),
+)
+
+
+def roots_params(bad_layer=None):
+    root = jnp.ones((3, 2))
+    return {
+        "blocks": {
+            "w": jax.random.normal(jax.random.key(0), (3, 4, 4)) / 2,
+            "root": root if bad_layer is None else root.at[bad_layer, 1].set(0.0),
+        },
+        "rest": {"scale": jnp.ones(4), "out": jnp.ones((4, 2))},
+    }
+
+
+ROOTS_TX = {
+    "apollo_mini": lambda: apollo_optax.apollo_mini(
+        0.01,
+        weight_dimension_numbers={
+            "blocks": {"w": ApolloDimensionNumbers(-2, -1), "root": None},
+            "rest": {"scale": None, "out": None},
+        },
+    ),
+    "adamw": lambda: optax.adamw(0.01),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS_TX)
+def test_a_guarded_step_is_the_step_where_nothing_is_bad(name):
+    tx, batch = ROOTS_TX[name](), jnp.ones((2, 4))
+    plain, guarded = (
+        jax.jit(make(ROOTS, tx)) for make in (layerwise.make_step, layerwise.make_guarded_step)
+    )
+    trees = [(roots_params(), layerwise.init(tx, roots_params())) for _ in range(2)]
+    for _ in range(3):
+        *plain_tree, loss = plain(*trees[0], batch)
+        *guarded_tree, same_loss, largest = guarded(*trees[1], batch)
+        assert loss == same_loss
+        assert 0 < largest < jnp.inf
+        trees = [tuple(plain_tree), tuple(guarded_tree)]
+        chex.assert_trees_all_close(*trees, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "max_loss"),
+    [(jnp.full((2, 4), jnp.nan), jnp.inf), (jnp.full((2, 4), 5.0), 1e-3)],
+    ids=["nan", "spike"],
+)
+def test_a_guarded_step_leaves_everything_where_the_loss_is_too_high_or_nan(batch, max_loss):
+    tx, params = ROOTS_TX["apollo_mini"](), roots_params()
+    step = jax.jit(layerwise.make_guarded_step(ROOTS, tx))
+    params, state, _, _ = step(params, layerwise.init(tx, params), jnp.ones((2, 4)))
+    after, state_after, loss, _ = step(params, state, batch, None, max_loss)
+    assert not loss <= max_loss
+    chex.assert_trees_all_equal((after, state_after), (params, state))
+
+
+def test_a_guarded_step_leaves_the_layer_whose_gradient_is_infinite():
+    tx, params = ROOTS_TX["adamw"](), roots_params(bad_layer=1)
+    step = jax.jit(layerwise.make_guarded_step(ROOTS, tx))
+    state = layerwise.init(tx, params)
+    after, state_after, loss, largest = step(params, state, jnp.ones((2, 4)))
+    assert jnp.isfinite(loss)
+    assert not jnp.isfinite(largest)
+    for before, now in ((params, after), (state[0].mu, state_after[0].mu)):
+        changed = [np.any(now["blocks"]["w"][i] != before["blocks"]["w"][i]) for i in range(3)]
+        assert changed == [True, False, True]
+        np.testing.assert_array_equal(now["blocks"]["root"][1], before["blocks"]["root"][1])
+        assert np.any(now["rest"]["scale"] != before["rest"]["scale"])
+    chex.assert_tree_all_finite((after, state_after))
+
+
+def test_a_guarded_step_without_any_gradient_changes_nothing():
+    tx, params = ROOTS_TX["adamw"](), roots_params()
+    params["rest"]["out"] = jnp.zeros((4, 2))
+    step = jax.jit(layerwise.make_guarded_step(ROOTS, tx))
+    state = layerwise.init(tx, params)
+    after, state_after, _, largest = step(params, state, jnp.ones((2, 4)))
+    assert largest == 0
+    chex.assert_trees_all_equal((after, state_after), (params, state))

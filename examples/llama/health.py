@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PyTree
 
+from apollo_optax.layerwise import SQUARES_OVERFLOW
+
 __all__ = ["CAUSES", "Health", "Outcome", "judge", "largest_of", "max_loss", "new_health", "record"]
 
 CAUSES = ("", "not finite", "loss spike", "zero gradient")
@@ -81,7 +83,7 @@ def judge(
     >>> CAUSES[int(verdict)]
     'loss spike'
     """
-    finite = jnp.isfinite(loss) & jnp.isfinite(largest)
+    finite = jnp.isfinite(loss) & (largest < SQUARES_OVERFLOW)
     spike = loss > max_loss(health, spike_limit)
     causes = [(~finite, _NOT_FINITE), (spike, _SPIKE), (largest == 0, _ZERO)]
     conditions, verdicts = zip(*causes, strict=True)

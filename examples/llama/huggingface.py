@@ -254,6 +254,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = _read_json(index).get("weight_map", {})
+        for file in files.values():
+            if Path(file).name != file:
+                raise ValueError(f"{index} lists {file!r}; expected names of files beside it.")
         return {name: folder / file for name, file in files.items()}
     raise ValueError(
         f"{folder} has neither model.safetensors nor model.safetensors.index.json; other formats "

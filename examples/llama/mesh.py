@@ -6,7 +6,7 @@ The model says where activations lie by `constrain`, which does nothing without 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,13 +75,18 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {name: sizes.get(name, 1) for name in MESH_AXES}
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """The mesh of this process's devices with these sizes.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices, of all processes, with these sizes.
+
+    Args:
+      sizes: As `parse_mesh` returns them.
+      devices: Other devices to use.
 
     Raises:
       ValueError: If the sizes do not multiply to the number of devices.
     """
-    needed, present = math.prod(sizes.values()), jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    needed, present = math.prod(sizes.values()), len(devices)
     if needed != present:
         spelled = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
@@ -89,7 +94,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             f"multiply to it (several on one CPU: JAX_NUM_CPU_DEVICES={needed})"
         )
     automatic = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic, devices=devices)
 
 
 def devices_dividing_batch(sizes: Mapping[str, int]) -> int:

@@ -125,7 +125,8 @@ def _train_and_report(plan: Plan, config: PretrainConfig, arguments: Sequence[st
             return 128 + signal.SIGINT
     if len(results) < len(plan.runs):
         console.print(f"Stopped and saved. To go on:\n{resuming}")
-        return 128 + caught[0]
+        # Of several processes, another one may have been told to stop.
+        return 128 + (caught[0] if caught else signal.SIGTERM)
     if writes_files():
         _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
     return 0

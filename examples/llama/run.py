@@ -61,6 +61,7 @@ _FLOATS = _DTYPES | {"int8": jnp.float32}
 
 # Enough to keep the device busy, few enough for Ctrl-C to answer at once.
 _STEPS_IN_FLIGHT = 2
+_STEPS_TIMED = 10_000
 _CHECKPOINTS = "checkpoints"
 _RESULT = "result.json"
 _PROMPT_TOKENS = 32
@@ -346,7 +347,7 @@ class _Taken(NamedTuple):
     """What came of the steps: the state, each one's seconds, the last validation loss if any."""
 
     state: train.TrainState
-    step_seconds: list[float]
+    step_seconds: Sequence[float]
     validation_loss: float | None
 
 
@@ -389,7 +390,7 @@ def _take_steps(
     is_stopped = agreed(stopped, run.mesh)
     watch = _Watch(settings, state, kept)
     outcomes: list[Outcome] = []
-    step_seconds: list[float] = []
+    step_seconds: collections.deque[float] = collections.deque(maxlen=_STEPS_TIMED)
     validation_loss = None
     save_is_due = False
     began = time.perf_counter() - start.seconds
@@ -408,7 +409,9 @@ def _take_steps(
             watch.settle()
             for line in watch.metrics(step, jax.device_get(outcomes)):
                 kept.write(line | {"seconds": time.perf_counter() - began})
-            kept.show.step(step, float(outcome.loss), statistics.median(step_seconds[-log_every:]))
+            kept.show.step(
+                step, float(outcome.loss), statistics.median(list(step_seconds)[-log_every:])
+            )
             outcomes.clear()
         if gives_up:
             raise TooManySkippedError(
@@ -435,7 +438,9 @@ def _take_steps(
 
 def _last_saved(checkpoints: ocp.CheckpointManager) -> str:
     step = checkpoints.latest_step()
-    return "no checkpoint was saved before" if step is None else f"the last checkpoint is {step}'s"
+    if step is None:
+        return "no checkpoint was saved before"
+    return f"the last checkpoint is that of step {step}"
 
 
 def _is_due(step: int, every: int) -> bool:
