@@ -137,7 +137,8 @@ def test_a_policy_keeps_activations_and_never_weights():
 
     policies = jax.checkpoint_policies
     block_inputs = CONFIG.num_layers * 4 * 8 * CONFIG.hidden_size * 4
-    assert kept_bytes(None) == block_inputs
+    # JAX before 0.9 keeps a few scalars a layer besides.
+    assert block_inputs <= kept_bytes(None) < 1.05 * block_inputs
     assert kept_bytes(policies.dots_with_no_batch_dims_saveable) > 3 * block_inputs
 
 

@@ -23,6 +23,10 @@ from examples.llama.checkpoint import (
 from examples.llama.optimizers import OPTIMIZERS, OptimizerSettings, make_optimizer
 from examples.llama.train import TrainState, init_state
 
+# When one array cannot be read or written, Orbax
+# closes the loop that its other threads still report to.
+after_failed_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state_of(name: Any, step: int = 3, dtype: Any = jnp.float32) -> TrainState:
     settings = OptimizerSettings(name, learning_rate=0.1, total_steps=10, rank=2)
@@ -135,6 +139,7 @@ def file_size_limit() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@after_failed_reads
 def test_a_write_that_fails_leaves_the_checkpoint_before_it_whole(
     tmp_path: Path, file_size_limit: None
 ) -> None:
@@ -182,10 +187,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "flipped": flip_a_bit,
     "missing": Path.unlink,
 }
-
-
-# When one array cannot be read, Orbax closes the loop that its other reads still report to.
-after_failed_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @after_failed_reads
