@@ -13,7 +13,6 @@ limiter (`limit_norm_growth`), which needs a matrix's own norm only. Accumulatin
 ratio, a clipped root mean square) are statistics of a layer here.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -72,7 +71,8 @@ STOCHASTIC = WeightFormat(lambda params: params, apply_updates_stochastic)
 
 
 SQUARES_OVERFLOW = 1e15
-"""The square of a gradient this large, summed over a matrix, overflows float32: so do moments."""
+"""Squares of gradients up to here can be summed over 10^8 elements in float32; from here on moments
+and norms may become infinite, and stay so."""
 
 
 class _ParamLike:
@@ -449,7 +449,7 @@ def _make_step(
         parts.append(part)
 
         if accepted is not None:
-            shared = _select(accepted & (largest != 0), shared, split.shared)
+            shared = optax.tree.where(accepted & (largest != 0), shared, split.shared)
         params = _merged([part for part, _ in parts])
         trees = [_merged(list(shares)) for shares in zip(*(m for _, m in parts), strict=True)]
         return params, _join(split._replace(shared=shared), trees), loss, largest
@@ -511,22 +511,12 @@ def _updater(
         new = _split(tx, state)
         if accepted is None:
             return (params, new.mirrored), new.shared, None
-        of_part = _largest(grads)
+        of_part = jnp.asarray(optax.tree.norm(grads, ord=jnp.inf), jnp.float32)
         usable = accepted & (of_part < SQUARES_OVERFLOW) & (of_part > 0)
-        part = _select(usable, (params, new.mirrored), part)
+        part = optax.tree.where(usable, (params, new.mirrored), part)
         return part, new.shared, jnp.maximum(largest, of_part)
 
     return update
-
-
-def _select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
-
-
-def _largest(grads: PyTree) -> Float[Array, ""]:
-    """The largest absolute value; NaN if there is one."""
-    each = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
-    return functools.reduce(jnp.maximum, each, jnp.zeros([], jnp.float32))
 
 
 def _run_blocks(

@@ -1,6 +1,6 @@
 """Does a run that is killed again and again end as the run that was never killed?
 
-    python -m benchmarks.kill_and_resume              # 30 kills, about 10 minutes on two cores
+    python -m benchmarks.kill_and_resume              # 30 kills of each of two runs
     python -m benchmarks.kill_and_resume --kills 5
 
 Runs `pretrain` once without interruption. Then starts it again, kills it by SIGKILL at random

@@ -1,6 +1,6 @@
 """Does anything drift or grow in 20,000 steps with bfloat16 weights, rounded stochastically?
 
-    python -m benchmarks.long_run        # two runs, about 10 minutes each on two cores
+    python -m benchmarks.long_run
 
 Trains a LLaMA of 140 thousand parameters by `pretrain`, once with float32 and once with bfloat16
 weights, else the same. Writes for each 2,000 steps the validation loss, the median time of a step

@@ -6,31 +6,38 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replaced", "write_text"]
+__all__ = ["filled", "replaced", "write_text"]
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yields the path to write a file or folder at, which then takes the place of `path`.
+    """Yields the path to write a file at, which then takes the place of `path`.
 
     Nothing takes its place if an error is raised.
     """
     partial = path.with_name(f"{path.name}.partial")
-    _remove(partial)
     yield partial
-    if partial.is_dir():
-        _remove(path)
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write files in, which then are in `folder`.
+
+    A new folder is there with all of them or not at all. What else an existing one holds is left.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    for path in partial.iterdir():
+        os.replace(path, folder / path.name)
+    partial.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in UTF-8."""
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int32, PyTree
 
 from apollo_optax.layerwise import SQUARES_OVERFLOW
@@ -63,8 +63,7 @@ def max_loss(health: Health, spike_limit: float) -> Float[Array, ""]:
 
 def largest_of(grads: PyTree) -> Float[Array, ""]:
     """Returns the largest absolute value, NaN if there is one."""
-    each = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(grads)]
-    return jnp.max(jnp.stack(each))
+    return jnp.asarray(optax.tree.norm(grads, ord=jnp.inf), jnp.float32)
 
 
 def judge(

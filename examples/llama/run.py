@@ -30,7 +30,7 @@ from examples.llama.checkpoint import (
     save,
     tree_bytes,
 )
-from examples.llama.files import replaced, write_text
+from examples.llama.files import filled, write_text
 from examples.llama.generate import generate
 from examples.llama.health import CAUSES, Outcome
 from examples.llama.huggingface import load_llama, save_llama
@@ -533,7 +533,7 @@ def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
     if not writes_files():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(folder) as partial, jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with filled(folder) as partial, jax.default_device(jax.local_devices(backend="cpu")[0]):
         save_llama(partial, run.settings.model, training(run.settings).float_params(params))
         text.tokenizer.save(partial / "tokenizer.json")
 

@@ -211,10 +211,8 @@ def make_train_step(
             return TrainState(state.step + 1, params, opt_state), value
         health = health_of(state)
         verdict = judge(health, value, largest_of(grads), spike_limit=spike_limit)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(verdict == 0, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+        params, opt_state = optax.tree.where(
+            verdict == 0, (params, opt_state), (state.params, state.opt_state)
         )
         outcome = Outcome(value, verdict)
         return TrainState(state.step + 1, params, opt_state, record(health, outcome)), outcome

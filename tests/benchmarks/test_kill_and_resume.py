@@ -8,12 +8,13 @@ import pytest
 
 from benchmarks import kill_and_resume
 from examples.llama.metrics import read_metrics
+from tests.examples.tiny_pretrain import squares
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     corpus = tmp_path_factory.mktemp("corpus") / "text.txt"
-    corpus.write_text("".join(f"The square of {n} is {n * n}.\n" for n in range(200)))
+    corpus.write_text(squares())
     sizes = "--sequence 16 --batch 4 --micro-batches 1 --evaluation-batches 1 --sample-length 0"
     lengths = "--steps 40 --checkpoint-every 2 --evaluate-every 10 --log-every 1 --rank 4"
     program = [sys.executable, "-m", "tests.examples.tiny_pretrain", "--data", str(corpus)]

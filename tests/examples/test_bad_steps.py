@@ -17,7 +17,7 @@ from examples.llama.huggingface import save_llama
 from examples.llama.layered import layered_training
 from examples.llama.metrics import read_metrics
 from examples.llama.pretrain import main
-from tests.examples.tiny_pretrain import TINY
+from tests.examples.tiny_pretrain import TINY, squares
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -141,10 +141,6 @@ def command(folder: Path, text: str, *more: str) -> list[str]:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "run") if "loss" in line]
-
-
-def squares(start: int, stop: int) -> str:
-    return "".join(f"The square of {n} is {n * n}.\n" for n in range(start, stop))
 
 
 @pytest.mark.parametrize("update", ["standard", "layerwise"])

@@ -10,10 +10,9 @@ import tyro
 
 from examples.llama.config import MODELS
 from examples.llama.mesh import make_mesh, parse_mesh
-from examples.llama.metrics import read_metrics
 from examples.llama.options import PretrainConfig
 from examples.llama.pretrain import prepare, train_all
-from tests.examples.tiny_pretrain import TINY
+from tests.examples.tiny_pretrain import TINY, losses, squares
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -53,11 +52,6 @@ def train(flags: list[str], mesh: str | None, *, until: int) -> None:
         train_all(plan, config, rich.console.Console(file=output, soft_wrap=True), Stop())
 
 
-def losses(folder: Path) -> list[float]:
-    lines = read_metrics(folder)
-    return [line["loss"] if "loss" in line else line["validation_loss"] for line in lines]
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -71,7 +65,7 @@ def test_a_run_that_moves_from_mesh_to_mesh_is_the_run_that_stayed(
     kind: str, tmp_path: Path
 ) -> None:
     corpus = tmp_path / "text.txt"
-    corpus.write_text("".join(f"The square of {n} is {n * n}.\n" for n in range(200)))
+    corpus.write_text(squares())
     steps = 2 * len(MESHES)
     flags = [
         *("--data", str(corpus), "--sequence", "16", "--batch", "8", "--micro-batches", "1"),

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -16,13 +17,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from apollo_optax import quantization
-from examples.llama.config import MODELS, LlamaConfig
+from examples.llama.config import MODELS
 from examples.llama.huggingface import load_llama
 from examples.llama.layered import join_params
 from examples.llama.metrics import read_metrics
 from examples.llama.pretrain import main
+from tests.examples.tiny_pretrain import TINY, squares
 
-TINY = LlamaConfig(256, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2)
 STEPS = 6
 
 
@@ -46,7 +47,7 @@ def tiny_models() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("".join(f"The square of {n} is {n * n}.\n" for n in range(200)))
+    path.write_text(squares())
     return path
 
 
@@ -430,7 +431,7 @@ def test_a_checkpoint_of_another_model_is_named_by_the_field_that_differs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = LlamaConfig(256, hidden_size=16, intermediate_size=48, num_layers=2, num_heads=2)
+    other = dataclasses.replace(TINY, intermediate_size=48)
     monkeypatch.setitem(MODELS, "nano", other)
     error = wrong_input(command(apollo_run[0], "--resume"), capsys)
     assert "model.intermediate_size is 32 there and 48 here" in error

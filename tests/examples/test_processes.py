@@ -19,6 +19,7 @@ from examples.llama.huggingface import load_llama
 from examples.llama.metrics import read_metrics
 from examples.llama.options import ProcessOptions
 from examples.llama.processes import check_processes
+from tests.examples.tiny_pretrain import losses, squares
 
 STEPS = 6
 TIMEOUT = 10
@@ -29,7 +30,7 @@ PATIENCE = 240
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     corpus = tmp_path_factory.mktemp("corpus") / "text.txt"
-    corpus.write_text("".join(f"The square of {n} is {n * n}.\n" for n in range(200)))
+    corpus.write_text(squares())
     sizes = ["--sequence", "16", "--batch", "8", "--micro-batches", "1", "--rank", "4"]
     lengths = ["--evaluate-every", "3", "--evaluation-batches", "2", "--sample-length", "0"]
     return ["--data", str(corpus), *sizes, *lengths, "--checkpoint-every", "3"]
@@ -84,11 +85,6 @@ def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
             break
         time.sleep(0.1)
     assert path.exists(), ended(processes)
-
-
-def losses(folder: Path) -> list[float]:
-    lines = read_metrics(folder)
-    return [line["loss"] if "loss" in line else line["validation_loss"] for line in lines]
 
 
 @pytest.mark.parametrize(

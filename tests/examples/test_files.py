@@ -1,0 +1,45 @@
+import contextlib
+from pathlib import Path
+
+from examples.llama.files import filled, replaced, write_text
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with contextlib.suppress(KeyError), replaced(path) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_folder_is_there_with_all_its_files_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with contextlib.suppress(KeyError), filled(folder) as partial:
+        partial.mkdir()
+        (partial / "half").touch()
+        raise KeyError
+    assert not folder.exists()
+    with filled(folder) as partial:
+        partial.mkdir()
+        (partial / "whole").touch()
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_else_a_folder_holds_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("other", "same"):
+        (folder / name).write_text("old")
+    with filled(folder) as partial:
+        partial.mkdir()
+        (partial / "same").write_text("new")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "other": "old",
+        "same": "new",
+    }
+    assert list(tmp_path.iterdir()) == [folder]
