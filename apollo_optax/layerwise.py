@@ -98,6 +98,11 @@ class _SplitState(NamedTuple):
     is_mirrored: list[bool]
 
 
+_Part: TypeAlias = tuple[Params, list[Any]]
+"""Some of the parameters, and their shares of the mirrored trees of the optimizer state."""
+_Update: TypeAlias = Callable[[_Part, PyTree, ArrayLike, Any], tuple[_Part, list[Any], Any]]
+
+
 def _split(tx: optax.GradientTransformation, state: optax.OptState) -> _SplitState:
     marked = optax.tree_map_params(tx, _ParamLike, state, is_leaf=lambda _: True)
     leaves, structure = jax.tree.flatten(marked)
@@ -425,36 +430,59 @@ def _make_step(
         accepted = None if max_loss is None else loss <= max_loss
         key = jax.random.key(0) if key is None else key
         update = _updater(tx, weights, split, key, accepted)
+        whole = params, split.mirrored
+        end = _End(rest_grads, x_grads, aux_grads, pullback_of, pullback_embed)
+        none_yet = None if accepted is None else jnp.zeros([], jnp.float32)
         late = _names_read(embed, rest)
-        early: set[str] = set() if late is None else set(rest) - late
-
-        # What only the loss reads is updated before the blocks, so that its gradient is gone by
-        # then.
-        parts = []
-        largest = None if accepted is None else jnp.zeros([], jnp.float32)
-        if early:
-            part = _rest_of(params, early), [_rest_of(tree, early) for tree in split.mirrored]
-            part, _, largest = update(part, _rest_of({"rest": rest_grads}, early), 0, largest)
-            x_grads, part = jax.lax.optimization_barrier((x_grads, part))
-            parts.append(part)
-        part = {"blocks": params["blocks"]}, [_blocks_of(tree) for tree in split.mirrored]
-        part, x_grads, largest = _update_blocks(
-            update, pullback_of, part, x_grads, aux_grads, largest
-        )
-        parts.append(part)
-        (embed_grads,) = pullback_embed(x_grads)
-        rest_grads = jax.tree.map(jnp.add, rest_grads, embed_grads)
-        part = _rest_of(params, late), [_rest_of(tree, late) for tree in split.mirrored]
-        part, shared, largest = update(part, _rest_of({"rest": rest_grads}, late), 0, largest)
-        parts.append(part)
-
+        (params, mirrored), shared, largest = _update_all(update, whole, end, late, none_yet)
         if accepted is not None:
             shared = optax.tree.where(accepted & (largest != 0), shared, split.shared)
-        params = _merged([part for part, _ in parts])
-        trees = [_merged(list(shares)) for shares in zip(*(m for _, m in parts), strict=True)]
-        return params, _join(split._replace(shared=shared), trees), loss, largest
+        return params, _join(split._replace(shared=shared), mirrored), loss, largest
 
     return step
+
+
+class _End(NamedTuple):
+    """Where the forward pass ends: the loss's own gradients, and the ways back."""
+
+    rest_grads: PyTree
+    x_grads: PyTree
+    aux_grads: PyTree
+    pullback_of: Callable[[Params, Int[Array, ""]], Callable]
+    pullback_embed: Callable[[PyTree], tuple[PyTree]]
+
+
+def _update_all(
+    update: _Update, whole: _Part, end: _End, late: set[str] | None, largest: Any
+) -> tuple[_Part, list[Any], Any]:
+    """Goes backwards from the end and updates all parts; `late` are the names `embed` reads."""
+    params, mirrored = whole
+
+    def rest_part(names: set[str] | None) -> _Part:
+        return _rest_of(params, names), [_rest_of(tree, names) for tree in mirrored]
+
+    early: set[str] = set() if late is None else set(params["rest"]) - late
+    parts, x_grads = [], end.x_grads
+    # What only the loss reads is updated before the blocks, so that its gradient is gone by then.
+    if early:
+        grads = _rest_of({"rest": end.rest_grads}, early)
+        part, _, largest = update(rest_part(early), grads, 0, largest)
+        x_grads, part = jax.lax.optimization_barrier((x_grads, part))
+        parts.append(part)
+    part = {"blocks": params["blocks"]}, [_blocks_of(tree) for tree in mirrored]
+    part, x_grads, largest = _update_blocks(
+        update, end.pullback_of, part, x_grads, end.aux_grads, largest
+    )
+    parts.append(part)
+    (embed_grads,) = end.pullback_embed(x_grads)
+    rest_grads = jax.tree.map(jnp.add, end.rest_grads, embed_grads)
+    grads = _rest_of({"rest": rest_grads}, late)
+    part, shared, largest = update(rest_part(late), grads, 0, largest)
+    parts.append(part)
+
+    params = _merged([part for part, _ in parts])
+    trees = [_merged(list(shares)) for shares in zip(*(m for _, m in parts), strict=True)]
+    return (params, trees), shared, largest
 
 
 def make_loss(
@@ -479,11 +507,6 @@ def make_loss(
         return model.loss(rest, x, batch, *([aux] if model.has_aux else []))
 
     return loss_of
-
-
-_Part: TypeAlias = tuple[Params, list[Any]]
-"""Some of the parameters, and their shares of the mirrored trees of the optimizer state."""
-_Update: TypeAlias = Callable[[_Part, PyTree, ArrayLike, Any], tuple[_Part, list[Any], Any]]
 
 
 def _updater(

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apollo_optax import apollo_mini, planning
+from apollo_optax import _targets, apollo_mini, planning
 from apollo_optax._collectives import read_traffic
 from apollo_optax.planning import GPUS, TPUS, mesh_for, needed_bytes, parse_target
 
@@ -34,6 +34,26 @@ def sgd_step(weights, x):
 
 
 # Targets
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error", "match"),
+    [
+        ("topology not implemented for cuda", ImportError, "JAX_PLATFORMS=cpu before Python"),
+        ("no support for this GPU", NotImplementedError, "no support for this GPU"),
+    ],
+    ids=["dropped compiler", "the compiler's own"],
+)
+def test_a_gpu_compiler_that_refuses_is_not_taken_for_a_missing_one(
+    refusal, error, match, monkeypatch
+):
+    def refuse(**kwargs):
+        raise NotImplementedError(refusal)
+
+    monkeypatch.setattr(_targets, "_require_gpu_compiler", lambda: None)
+    monkeypatch.setattr(_targets.topologies, "get_topology_desc", refuse)
+    with pytest.raises(error, match=match):
+        _targets.devices_of(parse_target("a100-80gb"))
 
 
 @pytest.mark.parametrize(
