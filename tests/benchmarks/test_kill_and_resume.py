@@ -22,8 +22,9 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_a_run_killed_at_start_in_a_step_and_in_a_save_ends_as_if_never_killed(
-    command: list[str], tmp_path: Path
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # quick to compile
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert kill_and_resume.kill_and_resume(command, whole, 0, random.Random(0)) == []
     kills = kill_and_resume.kill_and_resume(command, killed, 3, random.Random(0))
