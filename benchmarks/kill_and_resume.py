@@ -1,6 +1,6 @@
 """Does a run that is killed again and again end as the run that was never killed?
 
-    python -m benchmarks.kill_and_resume              # 30 kills of each of two runs
+    python -m benchmarks.kill_and_resume              # 30 kills of each of two runs, 15 minutes
     python -m benchmarks.kill_and_resume --kills 5
 
 Runs `pretrain` once without interruption. Then starts it again, kills it by SIGKILL at random
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from benchmarks.rows import RESULTS, write_rows
+from benchmarks.rows import RESULTS, Row, write_rows
 from examples.llama.metrics import read_metrics
 
 OUTPUT = RESULTS / "kill_and_resume.json"
@@ -101,6 +101,19 @@ def differences(one: Path, other: Path, step: int) -> list[str]:
         for folder in (one, other)
     ]
     return found + (["metrics"] if lines[0] != lines[1] else [])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The documentation's table."""
+    lines = [
+        "| run | kills | during a save | before the first step | what differs |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        counts = f"{row['kills']} | {row['during_a_save']} | {row['before_the_first_step']}"
+        different = ", ".join(row["differences"]) or "nothing"
+        lines.append(f"| {row['run']} | {counts} | {different} |")
+    return "\n".join(lines)
 
 
 def _start(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:

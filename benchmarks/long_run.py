@@ -1,6 +1,6 @@
 """Does anything drift or grow in 20,000 steps with bfloat16 weights, rounded stochastically?
 
-    python -m benchmarks.long_run
+    python -m benchmarks.long_run        # 7 minutes on two cores
 
 Trains a LLaMA of 140 thousand parameters by `pretrain`, once with float32 and once with bfloat16
 weights, else the same. Writes for each 2,000 steps the validation loss, the median time of a step
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ def long_run(folder: Path, weights: str, steps: int = STEPS) -> Row:
         "step_milliseconds": _step_milliseconds(lines, each),
         "resident_megabytes": [round(memory[part] / 1e6) for part in range(PARTS)],
     }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The documentation's table: a line a part of the steps."""
+    of = {row["weights"]: row for row in rows}
+    lines = [
+        "| until step | loss, float32 | loss, bfloat16 | ms a step | MB, float32 | MB, bfloat16 |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for part in range(PARTS):
+        last = of["f32"]["steps"] * (part + 1) // PARTS
+        loss, time_, memory = (
+            [of[weights][name][part] for weights in ("f32", "bf16")]
+            for name in ("validation_loss", "step_milliseconds", "resident_megabytes")
+        )
+        lines.append(
+            f"| {last:,} | {loss[0]:.3f} | {loss[1]:.3f} | {time_[1]:.1f} | {memory[0]} | "
+            f"{memory[1]} |"
+        )
+    return "\n".join(lines)
 
 
 def _step_milliseconds(lines: list[dict[str, Any]], each: int) -> list[float]:
