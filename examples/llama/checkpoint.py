@@ -186,7 +186,7 @@ def _open_to_read(folder: Path) -> contextlib.AbstractContextManager[ocp.Checkpo
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process {this}"
     )
     options = ocp.CheckpointManagerOptions(
-        create=False, read_only=True, multiprocessing_options=alone
+        create=False, read_only=True, save_interval_steps=0, multiprocessing_options=alone
     )
     with _quiet_orbax():
         return ocp.CheckpointManager(folder.absolute(), options=options)
@@ -346,7 +346,8 @@ def _disk_errors_named(checkpoints: ocp.CheckpointManager, step: int) -> Iterato
         ]
         if not codes:
             raise
-        detail = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        said = getattr(error, "strerror", None)
+        detail = f" ({said})" if said and said != os.strerror(codes[0]) else ""
         raise OSError(
             codes[0],
             f"no room for the checkpoint of step {step} in {checkpoints.directory}: "

@@ -1,0 +1,48 @@
+"""`pretrain` on a file system that fills up after a checkpoint, then with room again.
+
+    python -m tests.examples.full_disk FILLER LEFT [options of pretrain]
+
+FILLER is the file that takes all of the file system's room but LEFT bytes. Prints what `pretrain`
+returned each time.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from examples.llama import run
+from examples.llama.config import MODELS
+from examples.llama.pretrain import main
+from tests.examples.tiny_pretrain import TINY
+
+
+def fill(filler: Path, left: int) -> None:
+    """Takes all room but so many bytes."""
+    with open(filler, "wb", buffering=0) as file:
+        while (free := shutil.disk_usage(filler.parent).free) > left:
+            file.write(bytes(min(free - left, 1 << 16)))
+
+
+def fill_after_a_checkpoint(filler: Path, left: int) -> None:
+    """Takes the room once a checkpoint is there, though it was free when it was asked for."""
+    usage, save = shutil.disk_usage, run.save
+
+    def save_and_fill(*args: Any) -> None:
+        filling.stop()
+        save(*args)
+        fill(filler, left)
+        mock.patch.object(shutil, "disk_usage", lambda _: usage("/")).start()
+
+    filling = mock.patch.object(run, "save", save_and_fill)
+    filling.start()
+
+
+if __name__ == "__main__":
+    MODELS["nano"] = TINY
+    filler, left, *options = sys.argv[1:]
+    fill_after_a_checkpoint(Path(filler), int(left))
+    print("filling up:", main(options))
+    Path(filler).unlink()
+    print("with room:", main([*options, "--resume"]))
