@@ -33,7 +33,7 @@ def fill_after_a_checkpoint(filler: Path, left: int) -> None:
         filling.stop()
         save(*args)
         fill(filler, left)
-        mock.patch.object(shutil, "disk_usage", lambda _: usage("/")).start()
+        mock.patch.object(shutil, "disk_usage", return_value=usage("/")).start()
 
     filling = mock.patch.object(run, "save", save_and_fill)
     filling.start()
