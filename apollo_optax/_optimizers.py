@@ -27,6 +27,7 @@ def apollo(
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    use_pallas: bool = False,
     weight_decay: ArrayLike = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,6 +53,7 @@ def apollo(
       mu_dtype: Dtype of the first moment.
       weight_dimension_numbers: Which axes make a matrix; `transformer_dimension_numbers` for Flax's
         transformers.
+      use_pallas: On one TPU, read gradients once less by a Pallas kernel; see `scale_by_apollo`.
       weight_decay: Decoupled weight decay, multiplied by the learning rate.
       mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
         returns one.
@@ -92,6 +94,7 @@ def apollo(
             key=key,
             mu_dtype=mu_dtype,
             weight_dimension_numbers=weight_dimension_numbers,
+            use_pallas=use_pallas,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -1,13 +1,21 @@
 """Draws the projection P of a matrix's smaller side."""
 
+import collections
+import itertools
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt32
+
+from apollo_optax._paths import Path, stable_hash
+from apollo_optax._words import random_words
 
 _BITS_PER_WORD = 32
+# Projections of one shape are drawn together up to this size: what it may add to the peak.
+_TOGETHER_BYTES = 1 << 24
 
 
 class Projection(Protocol):
@@ -44,7 +52,8 @@ def gaussian(
       >>> gaussian(jax.random.key(0), 0, rank=4, dim=10).shape
       (4, 10)
     """
-    entries = jax.random.normal(jax.random.fold_in(key, refresh), (rank, dim), jnp.float32)
+    words = _stored_on_cpu(jnp.stack(random_words(key, refresh, -(-rank // 2), dim)))
+    entries = jnp.concatenate(_normal_pair(words[0], words[1]))[:rank]
     return entries * jnp.float32(rank**-0.5)
 
 
@@ -62,14 +71,46 @@ def rademacher(
       >>> bool((abs(P) == 0.5).all())
       True
     """
-    words = jax.random.bits(
-        jax.random.fold_in(key, refresh), (rank, -(-dim // _BITS_PER_WORD)), jnp.uint32
-    )
+    words = jnp.concatenate(random_words(key, refresh, -(-rank // (2 * _BITS_PER_WORD)), dim))
+    words = jax.lax.optimization_barrier(words)  # or each of a word's bits would make it again
     shifts = jnp.arange(_BITS_PER_WORD, dtype=jnp.uint32)
-    bits = (words[:, :, None] >> shifts[None, None, :]) & 1
-    bits = bits.reshape(rank, -1)[:, :dim]
+    bits = (words[:, None, :] >> shifts[None, :, None]) & 1
+    bits = bits.reshape(-1, dim)[:rank]
     magnitude = jnp.float32(rank**-0.5)
     return jnp.where(bits == 1, magnitude, -magnitude)
+
+
+def _normal_pair(
+    u: UInt32[Array, "*shape"], v: UInt32[Array, "*shape"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """Two independent standard normals of two words: Box and Muller, 1958.
+
+    The radius is of 24 bits, up to 5.77. The angle is a quarter turn of 2 bits and, of 24 more, a
+    place within an eighth of a turn to both sides, where Taylor series are exact to float32.
+    """
+    radius = jnp.sqrt(
+        -2 * jnp.log((u >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 + 2**-24)
+    )
+    place = ((v << 2) >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 - 0.5
+    x = place * jnp.float32(math.pi / 2)
+    square = jnp.square(x)
+    sine = x * _polynomial(square, (1, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
+    cosine = _polynomial(square, (1, -1 / 2, 1 / 24, -1 / 720, 1 / 40320))
+    radius = jnp.where((v >> 30) & 1 == 1, -radius, radius)
+    swapped = v >> 31 == 1
+    return radius * jnp.where(swapped, sine, cosine), radius * jnp.where(swapped, cosine, sine)
+
+
+def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> Array:
+    *others, value = (jnp.float32(c) for c in coefficients)
+    for coefficient in reversed(others):
+        value = value * x + coefficient
+    return value
+
+
+def _stored_on_cpu(x: Array) -> Array:
+    """Keeps a CPU's compiler from making `x` once for each of its uses; others know better."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*batch rank dim"]:
@@ -98,22 +139,66 @@ def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*bat
 def draw_for_each_matrix(
     draw: Projection,
     key: PRNGKeyArray,
-    refresh: Int[ArrayLike, ""],
-    batch_shape: tuple[int, ...],
+    refresh: Int[Array, ""],
+    shapes: Mapping[Path, tuple[int, ...]],
     first: Int[ArrayLike, ""],
-    rank: int,
-    dim: int,
-) -> Float[Array, "*batch rank dim"]:
-    """Draws the projections of a leaf's matrices, each with the key of its batch index.
+) -> dict[Path, Float[Array, "*batch rank dim"]]:
+    """Draws the projections of every leaf, each matrix with a key of its leaf and batch index.
 
-    `first` is where a slice of a stacked leaf starts on the leaf's leading batch axis.
+    Compiling a generator takes longer than all else of a leaf, so all keys are made at once, and
+    small projections of one size are drawn together.
+
+    Args:
+      draw: The projection.
+      key: Of all leaves.
+      refresh: Number of refreshes so far.
+      shapes: Of the result, `(*batch, rank, dim)`.
+      first: Where slices of stacked leaves start on their leading batch axis.
     """
-    if not batch_shape:
-        return draw(jax.random.fold_in(key, 0), refresh, rank, dim)
-    indices = jnp.arange(math.prod(batch_shape)) + first * math.prod(batch_shape[1:])
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-    projections = jax.vmap(lambda matrix_key: draw(matrix_key, refresh, rank, dim))(keys)
-    return projections.reshape(*batch_shape, rank, dim)
+    keys = _keys_of_matrices(key, shapes, first)
+
+    def draw_each(keys: PRNGKeyArray, rank: int, dim: int) -> Array:
+        return jax.vmap(lambda key: draw(key, refresh, rank, dim))(keys)
+
+    projections = {}
+    groups = collections.defaultdict(list)
+    for path, shape in shapes.items():
+        if len(shape) == 2:
+            groups[shape].append(path)
+        else:
+            projections[path] = draw_each(keys[path], *shape[-2:]).reshape(shape)
+    for (rank, dim), paths in groups.items():
+        at_once = max(1, _TOGETHER_BYTES // (4 * rank * dim))
+        for start in range(0, len(paths), at_once):
+            some = paths[start : start + at_once]
+            drawn = draw_each(jnp.concatenate([keys[path] for path in some]), rank, dim)
+            projections |= dict(zip(some, drawn, strict=True))
+    return projections
+
+
+def _keys_of_matrices(
+    key: PRNGKeyArray, shapes: Mapping[Path, tuple[int, ...]], first: Int[ArrayLike, ""]
+) -> dict[Path, PRNGKeyArray]:
+    """A key for each matrix of each leaf, of the leaf's path and the matrix's batch index."""
+    hashes, indices = [], []
+    for path, (*batch, _, _) in shapes.items():
+        index = jnp.arange(math.prod(batch), dtype=jnp.uint32)
+        if batch:
+            index += jnp.asarray(first * math.prod(batch[1:]), jnp.uint32)
+        hashes.append(jnp.full(index.shape, stable_hash(path), jnp.uint32))
+        indices.append(index)
+    if not shapes:
+        return {}
+
+    def key_of(path_hash: Array, index: Array) -> PRNGKeyArray:
+        return jax.random.fold_in(jax.random.fold_in(key, path_hash), index)
+
+    keys = jax.vmap(key_of)(jnp.concatenate(hashes), jnp.concatenate(indices))
+    ends = list(itertools.accumulate(index.size for index in indices))
+    return {
+        path: keys[end - index.size : end]
+        for path, index, end in zip(shapes, indices, ends, strict=True)
+    }
 
 
 def check_projection(draw: Projection, rank: int, dim: int) -> None:

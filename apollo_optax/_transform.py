@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
 
+from apollo_optax import _kernels
 from apollo_optax._arguments import (
     require_callable,
     require_number,
@@ -27,7 +28,7 @@ from apollo_optax._matrices import (
     sum_of_squares_per_channel,
     warn_of_unprojected_leaves,
 )
-from apollo_optax._paths import Path, lookup, named_leaves, nest, spell, stable_hash
+from apollo_optax._paths import Path, lookup, named_leaves, nest, spell
 from apollo_optax._placement import (
     call_on_automatic_axes,
     matrices_placement,
@@ -107,6 +108,7 @@ class _Settings(NamedTuple):
     draw: Any
     key: Any
     mu_dtype: Any
+    use_pallas: bool
 
 
 def _check_settings(settings: _Settings) -> None:
@@ -126,6 +128,8 @@ def _check_settings(settings: _Settings) -> None:
     signature = "(key, refresh, rank, dim) -> float32 (rank, dim)"
     require_callable("projection", settings.draw, signature)
     require_key("key", settings.key)
+    if not isinstance(settings.use_pallas, bool):
+        raise TypeError(f"use_pallas must be True or False, got {settings.use_pallas!r}.")
     if settings.mu_dtype is not None and not jnp.issubdtype(settings.mu_dtype, jnp.floating):
         raise TypeError(f"mu_dtype must be None or a floating dtype, got {settings.mu_dtype!r}.")
 
@@ -226,29 +230,37 @@ class _Clock(NamedTuple):
     first: ArrayLike
 
 
-def _projection_of(
-    G: Array,
-    axes: MatrixAxes,
-    path: Path,
-    leaf: _LeafState,
+def _projections(
+    grads: dict[Path, Array],
+    axes: dict[Path, MatrixAxes],
+    kept: dict[Path, Array],
     clock: _Clock,
     settings: _Settings,
-) -> Float[Array, "*batch rank dim"]:
-    """P of each matrix of a leaf at this step: redrawn, or the one kept by `svd`."""
-    *batch_shape, capped_rank, dim = projection_shape(G.shape, axes, settings.rank)
-    if leaf.projection is not None:
-        return jax.lax.cond(
-            clock.count % settings.update_proj_gap == 0,
-            lambda G, _: svd(matrices_of(G, axes), capped_rank),
-            lambda _, P: P,
-            G,
-            leaf.projection,
-        )
-    leaf_key = jax.random.fold_in(wrap_like(clock.key, settings.key), stable_hash(path))
-    refresh = clock.count // settings.update_proj_gap
-    return draw_for_each_matrix(
-        settings.draw, leaf_key, refresh, tuple(batch_shape), clock.first, capped_rank, dim
+) -> dict[Path, Float[Array, "*batch rank dim"]]:
+    """P of each matrix of each leaf at this step: redrawn, or the one kept by `svd`."""
+    shapes = {
+        path: projection_shape(G.shape, axes[path], settings.rank) for path, G in grads.items()
+    }
+    if settings.draw is svd:
+        return {
+            path: jax.lax.cond(
+                clock.count % settings.update_proj_gap == 0,
+                lambda G, _, path=path: svd(matrices_of(G, axes[path]), shapes[path][-2]),
+                lambda _, P: P,
+                G,
+                kept[path],
+            )
+            for path, G in grads.items()
+        }
+    P = draw_for_each_matrix(
+        settings.draw,
+        wrap_like(clock.key, settings.key),
+        clock.count // settings.update_proj_gap,
+        shapes,
+        clock.first,
     )
+    # Drawn once, not again for each tile of the product.
+    return jax.lax.optimization_barrier(P)
 
 
 def _update_moments(
@@ -277,13 +289,12 @@ def _update_matrix(
     settings: _Settings,
     count: Int[Array, ""],
 ) -> tuple[Float[Array, "*leaf"], _LeafState]:
-    R = project(P, G, axes)
+    R, squared_norm = _project_and_square(P, G, axes, use_pallas=settings.use_pallas)
     mu, nu = _update_moments(R, state, settings)
     R_tilde = mu / (jnp.sqrt(nu) + settings.eps)
 
     rank_axis = len(axes.batch)
     channel_axes = tuple(range(rank_axis, rank_axis + len(axes.channel)))
-    squared_norm = sum_of_squares_per_channel(G, axes)
     if settings.granularity == "tensor":
         squared_norm, channel_axes = jnp.sum(squared_norm, axis=channel_axes), ()
     scaling = _scaling(R_tilde, R, settings.granularity, rank_axis)
@@ -295,6 +306,27 @@ def _update_matrix(
     factor = scaling * jnp.expand_dims(per_matrix, channel_axes)
     update = G * broadcast_to_leaf(factor, axes)
     return update.astype(G.dtype), _LeafState(mu.astype(state.mu.dtype), nu, remembered)
+
+
+def _project_and_square(
+    P: Float[Array, "*batch rank dim"],
+    G: Float[Array, "*leaf"],
+    axes: MatrixAxes,
+    *,
+    use_pallas: bool,
+) -> tuple[Array, Array]:
+    """R = P G and the squared norm of every channel."""
+
+    def plain(P: Array, G: Array) -> tuple[Array, Array]:
+        return project(P, G, axes), sum_of_squares_per_channel(G, axes)
+
+    if not (use_pallas and _kernels.fits(P, G, axes)):
+        return plain(P, G)
+
+    def kernel(P: Array, G: Array) -> tuple[Array, Array]:
+        return _kernels.project_and_square(P, G, axes)
+
+    return jax.lax.platform_dependent(P, G, tpu=kernel, default=plain)
 
 
 def _scaling(
@@ -316,30 +348,45 @@ def _scaling(
     return _norm(R_tilde, axes) / (_norm(R, axes) + _NORM_EPS)
 
 
-def _update_leaf(
-    G: Array,
-    axes: MatrixAxes | None,
-    path: Path,
-    leaf: _LeafState,
+def _update_leaves(
+    grads: dict[Path, Array],
+    axes: dict[Path, MatrixAxes | None],
+    leaves: dict[Path, _LeafState],
     clock: _Clock,
     settings: _Settings,
-) -> tuple[Array, _LeafState]:
+) -> tuple[dict[Path, Array], dict[Path, _LeafState]]:
     def update(
-        G: Array, leaf: _LeafState, clock: _Clock, injected: dict[str, Any]
-    ) -> tuple[Array, _LeafState]:
+        grads: dict[Path, Array],
+        leaves: dict[Path, _LeafState],
+        clock: _Clock,
+        injected: dict[str, Any],
+    ) -> tuple[dict[Path, Array], dict[Path, _LeafState]]:
         known, count = settings._replace(**injected), optax.safe_increment(clock.count)
-        if axes is None:
-            return _update_adam(G, leaf, known, count)
-        P = _projection_of(G, axes, path, leaf, clock, known)
-        u, updated = _update_matrix(G, P, axes, leaf, known, count)
-        return u, updated._replace(projection=None if leaf.projection is None else P)
+        matrices = {path: matrix for path, matrix in axes.items() if matrix is not None}
+        P = _projections(
+            {path: grads[path] for path in matrices},
+            matrices,
+            {path: leaf.projection for path, leaf in leaves.items()},
+            clock,
+            known,
+        )
+        updates, updated = {}, {}
+        for path, G in grads.items():
+            if path not in matrices:
+                updates[path], updated[path] = _update_adam(G, leaves[path], known, count)
+                continue
+            updates[path], leaf = _update_matrix(
+                G, P[path], matrices[path], leaves[path], known, count
+            )
+            updated[path] = leaf._replace(projection=P[path] if known.draw is svd else None)
+        return updates, updated
 
     injected = {
         name: value
         for name, value in settings._asdict().items()
         if isinstance(value, jax.Array) and name != "key"
     }
-    return call_on_automatic_axes(update, G, leaf, clock, injected, like=(G, leaf))
+    return call_on_automatic_axes(update, grads, leaves, clock, injected, like=(grads, leaves))
 
 
 def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
@@ -376,6 +423,7 @@ def scale_by_apollo(
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    use_pallas: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by APOLLO's structured learning rates.
 
@@ -419,6 +467,10 @@ def scale_by_apollo(
         leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
         for leaves left to Adam, or a function of the parameters that returns one, such as
         `transformer_dimension_numbers`.
+      use_pallas: On TPUs, read a gradient once for both R and its norms, by a Pallas kernel, where
+        rank and axes allow it: `rank` a multiple of 8, the matrix on the last two axes, its smaller
+        side a multiple of 128 (see `benchmarks/hbm_traffic.py` for what it saves). On one device or
+        within `jax.shard_map`: XLA cannot divide a kernel over a mesh. Elsewhere it does nothing.
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra
@@ -458,6 +510,7 @@ def scale_by_apollo(
         draw,
         key,
         mu_dtype,
+        use_pallas,
     )
     _check_settings(settings)
 
@@ -490,13 +543,14 @@ def scale_by_apollo(
         if not named:
             return updates, state._replace(count=count)
         axes = axes_of_each_leaf(weight_dimension_numbers, updates)
+        leaves = {
+            path: _leaf_state(state, path, _moment_shape(G.shape, axes[path], rank))
+            for path, G in named
+        }
         clock = _Clock(state.count, state.key, first_layer)
-        scaled, leaves = [], {}
-        for path, G in named:
-            leaf = _leaf_state(state, path, _moment_shape(G.shape, axes[path], rank))
-            u, leaves[path] = _update_leaf(G, axes[path], path, leaf, clock, settings)
-            scaled.append(u)
-        return jax.tree.unflatten(treedef, scaled), _gather(count, state.key, leaves)
+        scaled, leaves = _update_leaves(dict(named), axes, leaves, clock, settings)
+        scaled_tree = jax.tree.unflatten(treedef, [scaled[path] for path, _ in named])
+        return scaled_tree, _gather(count, state.key, leaves)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
