@@ -11,16 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.convergence.methods import ABLATIONS, METHODS
-from benchmarks.convergence.search import best_learning_rate
+from benchmarks.convergence.search import best_learning_rate, sweep_losses
 from benchmarks.rows import RESULTS, Row, read_rows
 
-__all__ = ["Result", "ablation_table", "frontier", "results_of", "table"]
+__all__ = ["Result", "ablation_table", "frontier", "results_of", "sweep_table", "table"]
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 _WIDTH, _HEIGHT = 8.0, 5.0
+_COLORS = [*matplotlib.color_sequences["tab10"], "black", "navy"]  # one a method
+# In points, where labels would lie on each other.
+_LABEL_OFFSETS = {
+    "apollo_r16": (-24, -14),
+    "apollo_r32": (-16, 9),
+    "apollo_svd": (2, -14),
+    "apollo_mini": (-20, -18),
+    "apollo_mini_paper_alpha": (6, 8),
+    "galore": (6, -2),
+}
 
 
 class Result(NamedTuple):
@@ -101,6 +112,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def sweep_table(rows: Sequence[Row]) -> str:
+    """The losses of every method's sweep, of the first seed, in Markdown."""
+    lines = ["| optimizer | validation loss at learning rate |", "| --- | --- |"]
+    for result in results_of(rows):
+        found = [
+            ("diverged" if loss == math.inf else f"{loss:.3f}") + f" at {rate:g}"
+            for rate, loss in sorted(sweep_losses(rows, result.name).items())
+        ]
+        lines.append(f"| {result.label} | {', '.join(found)} |")
+    return "\n".join(lines)
+
+
 def ablation_table(rows: Sequence[Row]) -> str:
     """What changes with one thing changed, against the same seed of the method, in Markdown."""
     lines = [
@@ -136,6 +159,7 @@ def _draw_memory(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     edge = frontier(results)
+    axes.set_prop_cycle(color=_COLORS)
     axes.plot(
         [result.state_bytes / 1e6 for result in edge],
         [result.mean for result in edge],
@@ -149,7 +173,10 @@ def _draw_memory(results: Sequence[Result], path: Path) -> None:
             megabytes, result.mean, yerr=result.deviation, fmt="o", capsize=3, label=result.label
         )
         axes.annotate(
-            result.label, (megabytes, result.mean), xytext=(6, 4), textcoords="offset points"
+            result.label,
+            (megabytes, result.mean),
+            xytext=_LABEL_OFFSETS.get(result.name, (6, 4)),
+            textcoords="offset points",
         )
     axes.set(xlabel="optimizer state, MB", ylabel="validation loss, nats a token")
     axes.margins(x=0.15)
@@ -159,6 +186,7 @@ def _draw_memory(results: Sequence[Result], path: Path) -> None:
 def _draw_curves(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=_COLORS)
     for result in results:
         curve = next(row["validation_curve"] for row in result.rows if row["seed"] == 0)
         axes.plot(*zip(*curve, strict=True), label=f"{result.label}, {result.learning_rate:g}")
