@@ -31,6 +31,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "convergence": convergence.table,
     "convergence_ablations": convergence.ablation_table,
+    "convergence_rates": convergence.rates_table,
     "convergence_sweeps": convergence.sweep_table,
     "convergence_step_time": step_time.table,
     "cpu_memory_cap": cpu_memory_cap.table,
@@ -45,7 +46,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "smallest_slice": smallest_slice.table,
 }
 # A table has its benchmark's name, but where one has several.
-_RESULTS_OF = {"convergence_ablations": "convergence", "convergence_sweeps": "convergence"}
+_RESULTS_OF = dict.fromkeys(
+    ("convergence_ablations", "convergence_rates", "convergence_sweeps"), "convergence"
+)
 _PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -18,10 +18,19 @@ from benchmarks.convergence.methods import ABLATIONS, METHODS
 from benchmarks.convergence.search import best_learning_rate, sweep_losses
 from benchmarks.rows import RESULTS, Row, read_rows
 
-__all__ = ["Result", "ablation_table", "frontier", "results_of", "sweep_table", "table"]
+__all__ = [
+    "Result",
+    "ablation_table",
+    "frontier",
+    "rates_table",
+    "results_of",
+    "sweep_table",
+    "table",
+]
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 _WIDTH, _HEIGHT = 8.0, 5.0
+_NEAR = 0.02
 _COLORS = [*matplotlib.color_sequences["tab10"], "black", "navy"]  # one a method
 # In points, where labels would lie on each other.
 _LABEL_OFFSETS = {
@@ -121,6 +130,20 @@ def sweep_table(rows: Sequence[Row]) -> str:
             for rate, loss in sorted(sweep_losses(rows, result.name).items())
         ]
         lines.append(f"| {result.label} | {', '.join(found)} |")
+    return "\n".join(lines)
+
+
+def rates_table(rows: Sequence[Row]) -> str:
+    """The best learning rate of every method and how wide its valley is, in Markdown."""
+    lines = ["| optimizer | best learning rate | within 0.02 of its loss |", "| --- | ---: | --- |"]
+    for name, method in METHODS.items():
+        losses = sweep_losses(rows, name)
+        best = best_learning_rate(rows, name)
+        if best is None:
+            continue
+        near = sorted(rate for rate, loss in losses.items() if loss <= losses[best] + _NEAR)
+        valley = f"{near[0]:g} to {near[-1]:g}" if len(near) > 1 else ""
+        lines.append(f"| {method.label} | {best:g} | {valley} |")
     return "\n".join(lines)
 
 

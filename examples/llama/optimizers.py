@@ -34,14 +34,15 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
     "apollo": 2e-2,
     "apollo_mini": 4e-2,
     "adamw": 2e-3,
-    "adafactor": 1e-2,
-    "lion": 4e-4,
-    "muon": 1e-2,
-    "galore": 1e-2,
-    "sgd": 1e-1,
+    "adafactor": 8e-2,
+    "lion": 1.6e-3,
+    "muon": 2.83e-2,
+    "galore": 4e-2,
+    "sgd": 4e-1,
 }
-"""Peak learning rates of `nano`: those of AdamW, APOLLO and APOLLO-Mini are from
-`benchmarks/results/nano_learning_rates.json`, the others a first guess."""
+"""Peak learning rates of small models: for AdamW, APOLLO and APOLLO-Mini the best of `nano`, in
+`benchmarks/results/nano_learning_rates.json`, for the others those of
+`benchmarks/results/convergence.json`."""
 
 DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
 """What each paper multiplies the updates of projected matrices by."""

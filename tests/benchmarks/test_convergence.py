@@ -20,6 +20,7 @@ from benchmarks.convergence.search import (
 from benchmarks.convergence.training import make_transformation
 from benchmarks.rows import RESULTS, read_rows
 from examples.llama import model
+from examples.llama.optimizers import DEFAULT_LEARNING_RATES
 
 
 def loss_at(learning_rate: float, best: float) -> float:
@@ -129,3 +130,22 @@ def test_the_frontier_has_no_result_that_another_beats_in_both() -> None:
         result("sgd", 3.0, 20),
     ]
     assert [r.name for r in report.frontier(results)] == ["apollo_mini", "muon"]
+
+
+def test_nothing_is_missing_and_the_pages_conclusions_hold() -> None:
+    rows = read_rows(RESULTS / "convergence.json")
+    assert wanted_trials(rows) == []
+    found = {result.name: result for result in report.results_of(rows)}
+    assert {len(result.losses) for result in found.values()} == {3}
+    for name in ("apollo_r32", "apollo_r16", "apollo_mini"):
+        assert found[name].mean < found["adamw"].mean - 3 * (found["adamw"].deviation or math.inf)
+    loss = {row["trial"]: row["validation_loss"] for row in rows}
+    assert loss["tensor_r1"] < loss["channel_r1_half"] < loss["channel_r1"]
+    assert loss["adamw_vocabulary_10x"] < found["apollo_r32"].mean
+    assert abs(loss["apollo_r32_rademacher"] - found["apollo_r32"].losses[0]) < 0.02
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "muon", "galore", "sgd"])
+def test_default_learning_rates_are_the_best_of_the_sweeps(name: str) -> None:
+    rows = read_rows(RESULTS / "convergence.json")
+    assert DEFAULT_LEARNING_RATES[name] == best_learning_rate(rows, name)
