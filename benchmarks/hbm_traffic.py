@@ -1,0 +1,256 @@
+"""How many words of HBM does an update move for each parameter?
+
+    JAX_PLATFORMS=cpu python -m benchmarks.hbm_traffic
+
+Compiles the update alone, with its weight decay, learning rate and addition to the weights, of the
+matrices of four layers of LLaMA-7B for a TPU v5e, with every optimizer, in float32 and bfloat16.
+Adds a row each to `results/hbm_traffic.json`. Half an hour on two cores, and always the same.
+
+Words are of the weights' size: 3 for SGD (gradient, weight, new weight), 7 for AdamW. `hbm_words`
+counts what the compiled program reads from and writes to HBM. `compiler_words` is the compiler's
+own sum, `bytes accessed`, which counts what it copies ahead into the chip's fast memory three
+times: read from HBM, written there, and read from there.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import apollo_optax
+from apollo_optax import ApolloDimensionNumbers, planning
+from benchmarks.rows import RESULTS, Row, add_row, read_rows
+from examples.llama.config import MODELS
+
+OUTPUT = RESULTS / "hbm_traffic.json"
+COMMAND = "JAX_PLATFORMS=cpu python -m benchmarks.hbm_traffic"
+TARGET = "tpu-v5e"
+LAYERS = 4
+DTYPES = ("float32", "bfloat16")
+_LEARNING_RATE = 1e-3
+_MATRIX = ApolloDimensionNumbers(-2, -1)
+
+
+def _apollo(rank: int, **options: Any) -> Callable[[], optax.GradientTransformation]:
+    return lambda: apollo_optax.apollo(
+        _LEARNING_RATE, rank, weight_dimension_numbers=_MATRIX, **options
+    )
+
+
+def _muon() -> optax.GradientTransformation:
+    spec = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return optax.contrib.muon(
+        _LEARNING_RATE,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: spec, params),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "SGD": lambda: optax.sgd(_LEARNING_RATE),
+    "AdamW": lambda: optax.adamw(_LEARNING_RATE),
+    "Lion": lambda: optax.lion(_LEARNING_RATE),
+    "Adafactor": lambda: optax.adafactor(_LEARNING_RATE),
+    "Muon": _muon,
+    "APOLLO-Mini": lambda: apollo_optax.apollo_mini(
+        _LEARNING_RATE, weight_dimension_numbers=_MATRIX
+    ),
+    "APOLLO, r = 128": _apollo(128),
+    "APOLLO, r = 256": _apollo(256),
+    "APOLLO, r = 256, Rademacher": _apollo(256, projection=apollo_optax.rademacher),
+    "APOLLO, r = 128, kernel": _apollo(128, use_pallas=True),
+    "APOLLO, r = 256, kernel": _apollo(256, use_pallas=True),
+}
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+
+# A shape may be a tuple of tuples.
+_SHAPE = r"\((?:[^()]|\([^()]*\)|\((?:[^()]|\([^()]*\))*\))*\)|\S+"
+_INSTRUCTION = re.compile(rf"\s*(?:ROOT )?%([\w.\-]+) = ({_SHAPE}) ([\w\-]+)\((.*)")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+_MOVES_NOTHING = {
+    *("parameter", "constant", "get-tuple-element", "bitcast", "tuple", "after-all"),
+    *("copy-done", "slice-done", "async-done", "partition-id", "iota"),
+}
+
+
+def _arrays(shape: str) -> list[tuple[int, bool]]:
+    """Bytes of each array of a shape, and whether it is in HBM: other memories have an S(n)."""
+    return [
+        (
+            _BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size),
+            not re.search(r"S\([1-9]", layout),
+        )
+        for dtype, sizes, layout in _ARRAY.findall(shape)
+        if dtype in _BYTES
+    ]
+
+
+def _in_hbm(shape: str) -> int:
+    return sum(size for size, is_hbm in _arrays(shape) if is_hbm)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """The instructions of each computation of a module, and the name of the first to run."""
+    found: dict[str, list[_Instruction]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = found.setdefault(header[1], [])
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current.append(_Instruction(*match.groups()))
+    return found, entry
+
+
+def hbm_bytes(hlo: str) -> int:
+    """Bytes that a compiled program moves between HBM and the chip.
+
+    Every instruction reads its operands and writes its result once, if they are in HBM. Loops count
+    as often as they run; of branches the cheapest, as in a step that keeps its projection.
+
+    Args:
+      hlo: Text of a module that is compiled for a TPU.
+
+    Raises:
+      ValueError: Of a loop whose trips the text does not tell.
+    """
+    computations, entry = _computations(hlo)
+
+    def count(name: str) -> int:
+        shapes = {each.name: each.shape for each in computations[name]}
+        return sum(_moved(each, shapes, count) for each in computations[name])
+
+    return count(entry)
+
+
+def _moved(each: _Instruction, shapes: dict[str, str], count: Callable[[str], int]) -> int:
+    if each.opcode in _MOVES_NOTHING or "ConcatBitcast" in each.rest:
+        return 0
+    called = dict(re.findall(r"(\w+)=%([\w.\-]+)", each.rest))
+    if each.opcode == "while":
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', each.rest)
+        if trips is None:
+            raise ValueError(f"the loop {each.name} does not tell its trips")
+        return int(trips[1]) * count(called["body"])
+    if each.opcode == "conditional":
+        branches = re.search(r"branch_computations=\{([^}]*)\}", each.rest)
+        names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
+        names += [called[key] for key in ("true_computation", "false_computation") if key in called]
+        return min(map(count, names))
+    if each.opcode == "call":
+        return count(called["to_apply"])
+    if each.opcode in ("copy-start", "slice-start"):
+        # (destination, source, context), or ((sources), destination, context).
+        arrays = _arrays(each.shape)
+        (size, is_hbm), (_, source_is_hbm) = (
+            arrays[:2] if each.opcode == "copy-start" else (arrays[-2], arrays[0])
+        )
+        return size * (is_hbm + source_is_hbm)
+    operands = re.findall(r"%([\w.\-]+)", each.rest.split("), ")[0])
+    return _in_hbm(each.shape) + sum(_in_hbm(shapes.get(name, "")) for name in operands)
+
+
+def compiled_update(
+    optimizer: optax.GradientTransformation, dtype: str
+) -> tuple[jax.stages.Compiled, int]:
+    """The update of the matrices compiled for `TARGET`, and the number of their parameters."""
+    shape = MODELS["7b"]
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    attention, up, down = (hidden, hidden), (hidden, intermediate), (intermediate, hidden)
+    matrices = {"q": attention, "k": attention, "v": attention, "o": attention}
+    matrices |= {"gate": up, "up": up, "down": down}
+    mesh = planning.mesh_for(TARGET, {"data": 1})
+
+    def placed(tree: Any) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+
+    params = {
+        name: jax.ShapeDtypeStruct((LAYERS, *sizes), dtype) for name, sizes in matrices.items()
+    }
+
+    def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(update, donate_argnums=(0, 1))
+    state = jax.eval_shape(optimizer.init, params)
+    traced = step.trace(placed(params), placed(state), placed(params))
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    return compiled, sum(math.prod(leaf.shape) for leaf in params.values())
+
+
+def measure(name: str, dtype: str) -> Row:
+    """Words of HBM for each parameter, by this module's count and by the compiler's."""
+    compiled, parameters = compiled_update(OPTIMIZERS[name](), dtype)
+    word = parameters * jnp.dtype(dtype).itemsize
+    analysis: Any = compiled.cost_analysis()
+    return {
+        "optimizer": name,
+        "dtype": dtype,
+        "target": TARGET,
+        "layers": LAYERS,
+        "hbm_words": round(hbm_bytes(compiled.as_text() or "") / word, 4),
+        "compiler_words": round(analysis["bytes accessed"] / word, 4),
+    }
+
+
+def _wanted(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    done = {(row["optimizer"], row["dtype"]) for row in rows}
+    for name in OPTIMIZERS:
+        for dtype in DTYPES:
+            if (name, dtype) not in done:
+                yield name, dtype
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Words of HBM a parameter, in Markdown; the compiler's sum after a slash."""
+    lines = [
+        "| optimizer | float32 | over AdamW's | bfloat16 | over AdamW's |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    found = {(row["optimizer"], row["dtype"]): row for row in rows}
+    for name in OPTIMIZERS:
+        cells = [name]
+        for dtype in DTYPES:
+            row, adamw = found[name, dtype], found["AdamW", dtype]
+            cells.append(f"{row['hbm_words']:.2f} / {row['compiler_words']:.2f}")
+            cells.append(f"{row['hbm_words'] / adamw['hbm_words']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles what has no row yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--optimizer", choices=[*OPTIMIZERS], help="this one only, printed")
+    options = parser.parse_args()
+    if options.optimizer:
+        for dtype in DTYPES:
+            print(measure(options.optimizer, dtype))
+        return
+    for name, dtype in _wanted(read_rows(OUTPUT)):
+        row = measure(name, dtype)
+        add_row(OUTPUT, COMMAND, row)
+        print(row, flush=True)
+    print(table(read_rows(OUTPUT)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The count of bytes that a compiled program moves, by hand."""
+
+import pytest
+
+from benchmarks.hbm_traffic import hbm_bytes
+
+# An array of 1 KiB is read twice, once ahead into the chip's memory, S(1), and a loop of 5 trips
+# writes one of 512 bytes each time.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused (a: f32[256]) -> bf16[256] {
+  %a = f32[256]{0:T(256)} parameter(0)
+  ROOT %b = bf16[256]{0:T(256)} convert(%a)
+}
+
+%body (state: (f32[256])) -> (f32[256]) {
+  %state = (f32[256]{0:T(256)}) parameter(0)
+  %x = f32[256]{0:T(256)} get-tuple-element(%state), index=0
+  %y = bf16[256]{0:T(256)} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %out = (f32[256]{0:T(256)}) tuple(%x)
+}
+
+%condition (state: (f32[256])) -> pred[] {
+  %state = (f32[256]{0:T(256)}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (w: f32[256]) -> f32[256] {
+  %w = f32[256]{0:T(256)} parameter(0)
+  %start = (f32[256]{0:T(256)S(1)}, f32[256]{0:T(256)}, u32[]{:S(2)}) copy-start(%w)
+  %done = f32[256]{0:T(256)S(1)} copy-done(%start)
+  %half = bf16[256]{0:T(256)} fusion(%done), kind=kLoop, calls=%fused
+  %state = (f32[256]{0:T(256)}) tuple(%w)
+  %loop = (f32[256]{0:T(256)}) while(%state), condition=%condition, body=%body, TRIPS
+  ROOT %sum = f32[256]{0:T(256)} add(%w, %w)
+}
+"""
+
+
+def test_arrays_in_other_memories_are_not_counted_and_loops_are_as_often_as_they_run():
+    program = PROGRAM.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"5"}}')
+    ahead, half, loop, total = 1024, 512, 5 * (1024 + 512), 3 * 1024
+    assert hbm_bytes(program) == ahead + half + loop + total
+
+
+def test_a_loop_whose_trips_are_unknown_is_refused():
+    with pytest.raises(ValueError, match="loop loop does not tell its trips"):
+        hbm_bytes(PROGRAM.replace("TRIPS", "metadata={}"))
