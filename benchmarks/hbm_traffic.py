@@ -16,12 +16,14 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers, planning
@@ -29,6 +31,7 @@ from benchmarks.rows import RESULTS, Row, add_row, read_rows
 from examples.llama.config import MODELS
 
 OUTPUT = RESULTS / "hbm_traffic.json"
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / "hbm_traffic.png"
 COMMAND = "JAX_PLATFORMS=cpu python -m benchmarks.hbm_traffic"
 TARGET = "tpu-v5e"
 LAYERS = 4
@@ -236,8 +239,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Sequence[Row]) -> None:
+    """Draws the words of float32 updates as bars."""
+    own = [row for row in rows if row["dtype"] == "float32" and row["optimizer"] != "Muon"]
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    labels, words = [row["optimizer"] for row in own], [row["hbm_words"] for row in own]
+    colors = ["C1" if label.startswith("APOLLO") else "C0" for label in labels]
+    axes.bar_label(axes.barh(labels, words, color=colors), fmt="%.2f", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="words of HBM a parameter, float32 (Muon is out of the picture)")
+    figure.savefig(IMAGE, dpi=120, metadata={"Software": None})
+
+
 def main() -> None:
-    """Compiles what has no row yet, and prints the table."""
+    """Compiles what has no row yet, draws the picture and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizer", choices=[*OPTIMIZERS], help="this one only, printed")
     options = parser.parse_args()
@@ -249,6 +266,7 @@ def main() -> None:
         row = measure(name, dtype)
         add_row(OUTPUT, COMMAND, row)
         print(row, flush=True)
+    draw(read_rows(OUTPUT))
     print(table(read_rows(OUTPUT)))
 
 

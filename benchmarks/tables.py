@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import (
     cpu_memory_cap,
     data_parallel_13b,
+    hbm_traffic,
     kill_and_resume,
     largest_micro_batch,
     long_run,
@@ -20,10 +21,12 @@ from benchmarks import (
     peak_memory,
     pod_collectives,
     quantized_training,
+    scaling,
     smallest_slice,
+    step_time,
 )
 from benchmarks.convergence import report as convergence
-from benchmarks.convergence import step_time
+from benchmarks.convergence import step_time as convergence_step_time
 from benchmarks.rows import RESULTS, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +36,10 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "convergence_ablations": convergence.ablation_table,
     "convergence_rates": convergence.rates_table,
     "convergence_sweeps": convergence.sweep_table,
-    "convergence_step_time": step_time.table,
+    "convergence_step_time": convergence_step_time.table,
     "cpu_memory_cap": cpu_memory_cap.table,
     "data_parallel_13b": data_parallel_13b.table,
+    "hbm_traffic": hbm_traffic.table,
     "kill_and_resume": kill_and_resume.table,
     "largest_micro_batch": largest_micro_batch.table,
     "long_run": long_run.table,
@@ -43,12 +47,18 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "peak_memory": peak_memory.table,
     "pod_collectives": pod_collectives.table,
     "quantized_training": quantized_training.table,
+    "scaling": scaling.table,
+    "scaling_ranks": scaling.rank_table,
     "smallest_slice": smallest_slice.table,
+    "step_time": step_time.table,
 }
 # A table has its benchmark's name, but where one has several.
-_RESULTS_OF = dict.fromkeys(
-    ("convergence_ablations", "convergence_rates", "convergence_sweeps"), "convergence"
-)
+_RESULTS_OF = {
+    "convergence_ablations": "convergence",
+    "convergence_rates": "convergence",
+    "convergence_sweeps": "convergence",
+    "scaling_ranks": "scaling",
+}
 _PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
