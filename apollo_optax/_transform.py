@@ -289,16 +289,10 @@ def _update_matrix(
     settings: _Settings,
     count: Int[Array, ""],
 ) -> tuple[Float[Array, "*leaf"], _LeafState]:
-    R, squared_norm = _project_and_square(P, G, axes, use_pallas=settings.use_pallas)
-    mu, nu = _update_moments(R, state, settings)
-    R_tilde = mu / (jnp.sqrt(nu) + settings.eps)
-
-    rank_axis = len(axes.batch)
-    channel_axes = tuple(range(rank_axis, rank_axis + len(axes.channel)))
+    mu, nu, scaling, squared_norm = _project(P, G, axes, state, settings)
+    channel_axes = tuple(range(len(axes.batch), len(axes.batch) + len(axes.channel)))
     if settings.granularity == "tensor":
         squared_norm, channel_axes = jnp.sum(squared_norm, axis=channel_axes), ()
-    scaling = _scaling(R_tilde, R, settings.granularity, rank_axis)
-
     norm = jnp.sqrt(jnp.sum(jnp.square(scaling) * squared_norm, axis=channel_axes))
     divisor, remembered = limited_norm(norm, state.norm, settings.norm_growth_limit)
     bias_correction = jnp.sqrt(1 - settings.b2**count) / (1 - settings.b1**count)
@@ -308,25 +302,39 @@ def _update_matrix(
     return update.astype(G.dtype), _LeafState(mu.astype(state.mu.dtype), nu, remembered)
 
 
-def _project_and_square(
+def _project(
     P: Float[Array, "*batch rank dim"],
     G: Float[Array, "*leaf"],
     axes: MatrixAxes,
-    *,
-    use_pallas: bool,
-) -> tuple[Array, Array]:
-    """R = P G and the squared norm of every channel."""
+    state: _LeafState,
+    settings: _Settings,
+) -> tuple[Array, Array, Array, Array]:
+    """Both moments of R = P G, the factors, and the squared norm of every channel of G."""
+    rank_axis = len(axes.batch)
 
-    def plain(P: Array, G: Array) -> tuple[Array, Array]:
-        return project(P, G, axes), sum_of_squares_per_channel(G, axes)
+    def plain(P: Array, G: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array, Array]:
+        R = project(P, G, axes)
+        mu, nu = _update_moments(R, _LeafState(mu, nu), settings)
+        R_tilde = mu / (jnp.sqrt(nu) + settings.eps)
+        scaling = _scaling(R_tilde, R, settings.granularity, rank_axis)
+        return mu, nu, scaling, sum_of_squares_per_channel(G, axes)
 
-    if not (use_pallas and _kernels.fits(P, G, axes)):
-        return plain(P, G)
+    def kernel(P: Array, G: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array, Array]:
+        found = _kernels.project(
+            P, G, mu, nu, axes, b1=settings.b1, b2=settings.b2, eps=settings.eps
+        )
+        direction, projection = found.squared_direction, found.squared_projection
+        if settings.granularity == "tensor":
+            direction, projection = (jnp.sum(x, axis=rank_axis) for x in (direction, projection))
+        direction, projection = jnp.sqrt(direction), jnp.sqrt(projection)
+        return found.mu, found.nu, direction / (projection + _NORM_EPS), found.squared_norm
 
-    def kernel(P: Array, G: Array) -> tuple[Array, Array]:
-        return _kernels.project_and_square(P, G, axes)
-
-    return jax.lax.platform_dependent(P, G, tpu=kernel, default=plain)
+    args = P, G, state.mu, state.nu
+    suits = settings.use_pallas and not callable(settings.granularity)
+    rank, dim = P.shape[-2:]
+    if not (suits and _kernels.fits(G, state.mu, rank, dim, axes)):
+        return plain(*args)
+    return jax.lax.platform_dependent(*args, tpu=kernel, default=plain)
 
 
 def _scaling(
@@ -467,10 +475,11 @@ def scale_by_apollo(
         leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
         for leaves left to Adam, or a function of the parameters that returns one, such as
         `transformer_dimension_numbers`.
-      use_pallas: On TPUs, read a gradient once for both R and its norms, by a Pallas kernel, where
-        rank and axes allow it: `rank` a multiple of 8, the matrix on the last two axes, its smaller
-        side a multiple of 128 (see `benchmarks/hbm_traffic.py` for what it saves). On one device or
-        within `jax.shard_map`: XLA cannot divide a kernel over a mesh. Elsewhere it does nothing.
+      use_pallas: On TPUs, read a gradient once for R, its moments and the norms, by a Pallas
+        kernel, where it fits: `rank` a multiple of 8, the matrix on the last two axes, its smaller
+        side a multiple of 128, float32 moments, "channel" or "tensor" (see
+        `benchmarks/hbm_traffic.py` for what it saves). On one device or within `jax.shard_map`: XLA
+        cannot divide a kernel over a mesh. Elsewhere it does nothing.
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra

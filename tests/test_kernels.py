@@ -1,5 +1,6 @@
 """The Pallas kernel against the plain code, and its claims of what it moves."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 
 from apollo_optax import ApolloDimensionNumbers, _kernels, planning, scale_by_apollo
-from apollo_optax._matrices import matrix_axes, project, sum_of_squares_per_channel
+from apollo_optax._matrices import (
+    low_rank_shape,
+    matrix_axes,
+    project,
+    projection_shape,
+    sum_of_squares_per_channel,
+)
 
 LAST_TWO = ApolloDimensionNumbers(-2, -1)
 
@@ -21,41 +28,82 @@ LAST_TWO = ApolloDimensionNumbers(-2, -1)
 )
 def test_it_is_the_plain_code(shape, dtype):
     axes = matrix_axes(LAST_TWO, shape, ("w",))
-    rank, dim = 16, min(shape[-2:])
-    P = jax.random.normal(jax.random.key(0), (*shape[:-2], rank, dim))
-    G = jax.random.normal(jax.random.key(1), shape, dtype)
-    assert _kernels.fits(P, G, axes)
-    R, squares = _kernels.project_and_square(P, G, axes, interpret=True)
-    np.testing.assert_allclose(R, project(P, G, axes), rtol=1e-5, atol=1e-3)
-    np.testing.assert_allclose(squares, sum_of_squares_per_channel(G, axes), rtol=1e-5)
+    rank, dim, channels = 16, min(shape[-2:]), max(shape[-2:])
+    keys = jax.random.split(jax.random.key(0), 4)
+    P = jax.random.normal(keys[0], (*shape[:-2], rank, dim))
+    G = jax.random.normal(keys[1], shape, dtype)
+    mu = jax.random.normal(keys[2], (*shape[:-2], rank, channels))
+    nu = jax.random.uniform(keys[3], mu.shape)
+    assert _kernels.fits(G, mu, rank, dim, axes)
+    found = _kernels.project(P, G, mu, nu, axes, b1=0.9, b2=0.99, eps=1e-3, interpret=True)
+
+    R = project(P, G, axes)
+    mu, nu = 0.9 * mu + 0.1 * R, 0.99 * nu + 0.01 * R**2
+    np.testing.assert_allclose(found.mu, mu, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.nu, nu, rtol=1e-4, atol=1e-4)
+    for squares, of in (
+        (found.squared_direction, mu / (jnp.sqrt(nu) + 1e-3)),
+        (found.squared_projection, R),
+    ):
+        np.testing.assert_allclose(squares, jnp.sum(of**2, axis=-2), rtol=1e-4)
+    np.testing.assert_allclose(found.squared_norm, sum_of_squares_per_channel(G, axes), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "axes", "rank", "dtype"),
+    ("shape", "axes", "rank", "dtype", "mu_dtype"),
     [
-        ((256, 512), LAST_TWO, 4, jnp.float32),  # no whole tile of rows
-        ((200, 512), LAST_TWO, 8, jnp.float32),  # nor of columns
-        ((256, 512), LAST_TWO, 8, jnp.float16),
-        ((16384, 16384), LAST_TWO, 256, jnp.float32),  # P has no room
-        ((256, 4, 128), ApolloDimensionNumbers(0, (1, 2)), 8, jnp.float32),  # heads
-        ((256, 3, 512), ApolloDimensionNumbers(0, 2), 8, jnp.float32),  # layers in the middle
+        ((256, 512), LAST_TWO, 4, jnp.float32, jnp.float32),  # no whole tile of rows
+        ((200, 512), LAST_TWO, 8, jnp.float32, jnp.float32),  # nor of columns
+        ((256, 512), LAST_TWO, 8, jnp.float16, jnp.float32),
+        ((256, 512), LAST_TWO, 8, jnp.float32, jnp.bfloat16),
+        ((16384, 16384), LAST_TWO, 256, jnp.float32, jnp.float32),  # P has no room
+        ((256, 4, 128), ApolloDimensionNumbers(0, (1, 2)), 8, jnp.float32, jnp.float32),  # heads
+        ((256, 3, 512), ApolloDimensionNumbers(0, 2), 8, jnp.float32, jnp.float32),  # layers inside
     ],
 )
-def test_what_it_cannot_take_is_left_to_the_plain_code(shape, axes, rank, dtype):
+def test_what_it_cannot_take_is_left_to_the_plain_code(shape, axes, rank, dtype, mu_dtype):
     matrix = matrix_axes(axes, shape, ("w",))
-    batch = [shape[a] for a in matrix.batch]
-    dim = np.prod([shape[a] for a in matrix.projected])
-    P: Any = jax.ShapeDtypeStruct((*batch, rank, int(dim)), jnp.float32)
     G: Any = jax.ShapeDtypeStruct(shape, dtype)
-    assert not _kernels.fits(P, G, matrix)
+    mu: Any = jax.ShapeDtypeStruct(low_rank_shape(shape, matrix, rank), mu_dtype)
+    dim = projection_shape(shape, matrix, rank)[-1]
+    assert not _kernels.fits(G, mu, rank, dim, matrix)
 
 
 def test_its_cost_is_every_block_once():
-    """By hand: 2 matrices of 256 x 512 in bfloat16, P of 8 x 256, R of 8 x 512, 512 norms."""
+    """By hand: 2 matrices of 256 x 512 in bfloat16, P of 8 x 256, moments of 8 x 512, 3 norms."""
     cost = _kernels.cost_of(matrices=2, rank=8, dim=256, channels=512, itemsize=2)
-    G, P, R, norms = 256 * 512 * 2, 8 * 256 * 4, 8 * 512 * 4, 512 * 4
-    assert cost.bytes_accessed == 2 * (G + P + R + norms)
+    G, P, moments, norms = 256 * 512 * 2, 8 * 256 * 4, 2 * 8 * 512 * 4, 3 * 512 * 4
+    assert cost.bytes_accessed == 2 * (G + P + 2 * moments + norms)
     assert cost.flops == 2 * (2 * 8 * 256 * 512 + 2 * 256 * 512)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("shape", [(128, 300), (2, 300, 128)])
+def test_training_with_it_is_training_without(granularity, shape, monkeypatch):
+    grads = [{"w": jax.random.normal(jax.random.key(n), shape)} for n in range(4)]
+
+    def train(**options):
+        tx = scale_by_apollo(
+            8, 2, granularity=granularity, weight_dimension_numbers=LAST_TWO, **options
+        )
+        state = tx.init(grads[0])
+        for grad in grads:
+            updates, state = jax.jit(tx.update)(grad, state)
+        return updates, state
+
+    expected = train()
+    # As on a TPU, but interpreted.
+    kernel = functools.partial(_kernels.project, interpret=True)
+    monkeypatch.setattr(_kernels, "project", kernel)
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *args, tpu=None, **rest: rest["cpu"](*args) if tpu is None else tpu(*args),
+    )
+    for found, wanted in zip(
+        jax.tree.leaves(train(use_pallas=True)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_elsewhere_than_on_tpus_nothing_changes():
@@ -85,5 +133,4 @@ def test_on_a_tpu_it_saves_a_read_of_the_gradient(shape):
         assert plan.hbm_bytes is not None
         return plan.hbm_bytes
 
-    # Less than a whole read: R is now written and read again, and the compiler counts copies.
-    assert moved(use_pallas=True) < moved(use_pallas=False) - 0.5 * np.prod(shape) * 4
+    assert moved(use_pallas=True) < moved(use_pallas=False) - 0.9 * np.prod(shape) * 4
