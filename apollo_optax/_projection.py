@@ -52,9 +52,12 @@ def gaussian(
       >>> gaussian(jax.random.key(0), 0, rank=4, dim=10).shape
       (4, 10)
     """
-    words = _stored_on_cpu(jnp.stack(random_words(key, refresh, -(-rank // 2), dim)))
-    entries = jnp.concatenate(_normal_pair(words[0], words[1]))[:rank]
-    return entries * jnp.float32(rank**-0.5)
+    u, v = _stored_on_cpu(*random_words(key, refresh, -(-rank // 2), dim))
+    half = jax.lax.broadcasted_iota(jnp.uint32, (2, *u.shape), 0)
+    entries = _normal(
+        jnp.broadcast_to(u, half.shape), jnp.broadcast_to(v, half.shape) + (half << 30)
+    )
+    return entries.reshape(-1, dim)[:rank] * jnp.float32(rank**-0.5)
 
 
 def rademacher(
@@ -80,13 +83,12 @@ def rademacher(
     return jnp.where(bits == 1, magnitude, -magnitude)
 
 
-def _normal_pair(
-    u: UInt32[Array, "*shape"], v: UInt32[Array, "*shape"]
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """Two independent standard normals of two words: Box and Muller, 1958.
+def _normal(u: UInt32[Array, "*shape"], v: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A standard normal of two words, r cos(angle): Box and Muller, 1958.
 
-    The radius is of 24 bits, up to 5.77. The angle is a quarter turn of 2 bits and, of 24 more, a
-    place within an eighth of a turn to both sides, where Taylor series are exact to float32.
+    The radius is of 24 bits, up to 5.77. The angle is of 2 bits for the quarter turn and 24 for a
+    place within an eighth of a turn to both sides, where Taylor series are exact to float32. A
+    quarter turn more makes a normal that is independent of the first.
     """
     radius = jnp.sqrt(
         -2 * jnp.log((u >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 + 2**-24)
@@ -96,9 +98,10 @@ def _normal_pair(
     square = jnp.square(x)
     sine = x * _polynomial(square, (1, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
     cosine = _polynomial(square, (1, -1 / 2, 1 / 24, -1 / 720, 1 / 40320))
-    radius = jnp.where((v >> 30) & 1 == 1, -radius, radius)
-    swapped = v >> 31 == 1
-    return radius * jnp.where(swapped, sine, cosine), radius * jnp.where(swapped, cosine, sine)
+    quarter = v >> 30
+    # cos, -sin, -cos, sin
+    turned = jnp.where(quarter & 1 == 1, sine, cosine)
+    return jnp.where((quarter == 1) | (quarter == 2), -radius, radius) * turned
 
 
 def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> Array:
@@ -108,9 +111,13 @@ def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> A
     return value
 
 
-def _stored_on_cpu(x: Array) -> Array:
-    """Keeps a CPU's compiler from making `x` once for each of its uses; others know better."""
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+def _stored_on_cpu(*arrays: Array) -> tuple[Array, ...]:
+    """Keeps a CPU's compiler from making arrays once for each of their uses; others know better."""
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=lambda *arrays: jax.lax.optimization_barrier(arrays),
+        default=lambda *arrays: arrays,
+    )
 
 
 def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*batch rank dim"]:
