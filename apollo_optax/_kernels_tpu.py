@@ -1,11 +1,8 @@
-"""A TPU kernel that reads a gradient once for its projection, its norms and the moments.
-
-XLA makes two programs of projection and norms, and each reads the gradient.
-"""
+"""The kernel of TPUs: blocks of G pass through the chip's memory, where R, P and moments stay."""
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, ArrayLike, Float
 
+from apollo_optax._kernels import Projected, cost_of, decays, need_no_transpose, update_moments
 from apollo_optax._matrices import MatrixAxes
 
 # A TPU's tiles of float32 are of 8 rows and 128 columns.
@@ -23,37 +21,12 @@ _DEPTH = 512
 _VMEM_BYTES = 28 << 20
 
 
-class Projected(NamedTuple):
-    """What a step makes of a gradient before it is scaled.
-
-    Attributes:
-      mu: First moment of R = P G, `(*batch, rank, *channel)`.
-      nu: Second moment.
-      squared_direction: Squared norm of `mu / (sqrt(nu) + eps)` for every channel,
-        `(*batch, *channel)`.
-      squared_projection: Squared norm of R for every channel.
-      squared_norm: Squared norm of G for every channel.
-    """
-
-    mu: Array
-    nu: Array
-    squared_direction: Array
-    squared_projection: Array
-    squared_norm: Array
-
-
 def fits(
     G: Float[Array, "*leaf"], mu: Float[Array, "*moments"], rank: int, dim: int, axes: MatrixAxes
 ) -> bool:
     """Whether the kernel can take these: whole tiles, a small P, axes that need no transpose."""
-    batch = len(axes.batch)
-    matrices_are_last = (
-        axes.batch == tuple(range(batch)) and len(axes.projected) == len(axes.channel) == 1
-    )
     return (
-        matrices_are_last
-        and G.dtype in (jnp.float32, jnp.bfloat16)
-        and mu.dtype == jnp.float32
+        need_no_transpose(G, mu, axes)
         and rank % _ROWS == 0
         and dim % _COLUMNS == 0
         and _vmem_bytes(rank, dim, _WIDTHS[-1]) <= _VMEM_BYTES
@@ -127,7 +100,7 @@ def project(
         ),
         interpret=interpret,
     )(
-        jnp.stack([jnp.asarray(x, jnp.float32) for x in (b1, b2, eps)]),
+        decays(b1, b2, eps),
         P.reshape(matrices, rank, dim),
         G.reshape(matrices, *G.shape[-2:]),
         mu.reshape(of_moments.shape),
@@ -135,20 +108,6 @@ def project(
     )
     per_channel = (x.reshape(*batch_shape, channels) for x in squares)
     return Projected(new_mu.reshape(mu.shape), new_nu.reshape(nu.shape), *per_channel)
-
-
-def cost_of(matrices: int, rank: int, dim: int, channels: int, itemsize: int) -> pl.CostEstimate:
-    """What the kernel does: P and G are read, moments read and written, norms written, each once.
-
-    >>> cost_of(matrices=1, rank=8, dim=128, channels=256, itemsize=2).bytes_accessed
-    105472
-    """
-    moved = itemsize * dim * channels + 4 * (rank * dim + 4 * rank * channels + 3 * channels)
-    return pl.CostEstimate(
-        flops=2 * matrices * (rank + 1) * dim * channels,
-        bytes_accessed=matrices * moved,
-        transcendentals=matrices * rank * channels,
-    )
 
 
 def _kernel(
@@ -190,11 +149,8 @@ def _kernel(
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _() -> None:
-        b1, b2, eps = decays_ref[0], decays_ref[1], decays_ref[2]
         R = r_ref[...]
-        mu = b1 * mu_ref[...] + (1 - b1) * R
-        nu = b2 * nu_ref[...] + (1 - b2) * jnp.square(R)
-        direction = mu / (jnp.sqrt(nu) + eps)
+        mu, nu, direction = update_moments(R, mu_ref[...], nu_ref[...], decays_ref)
         new_mu_ref[...], new_nu_ref[...] = mu, nu
         squared_direction_ref[...] = jnp.sum(jnp.square(direction), axis=0, keepdims=True)
         squared_projection_ref[...] = jnp.sum(jnp.square(R), axis=0, keepdims=True)

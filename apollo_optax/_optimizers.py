@@ -53,7 +53,8 @@ def apollo(
       mu_dtype: Dtype of the first moment.
       weight_dimension_numbers: Which axes make a matrix; `transformer_dimension_numbers` for Flax's
         transformers.
-      use_pallas: On one TPU, read gradients once less by a Pallas kernel; see `scale_by_apollo`.
+      use_pallas: Read gradients once less by a Pallas kernel, on one TPU (`rank` of 8 and more) or
+        GPU; see `scale_by_apollo`.
       weight_decay: Decoupled weight decay, multiplied by the learning rate.
       mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
         returns one.
@@ -114,6 +115,7 @@ def apollo_mini(
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    use_pallas: bool = False,
     weight_decay: ArrayLike = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,6 +145,7 @@ def apollo_mini(
         key=key,
         mu_dtype=mu_dtype,
         weight_dimension_numbers=weight_dimension_numbers,
+        use_pallas=use_pallas,
         weight_decay=weight_decay,
         mask=mask,
     )

@@ -73,6 +73,16 @@ def call_on_automatic_axes(function: Callable, *args: Any, like: Any) -> Any:
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
 
 
+def compiler_divides_arrays() -> bool:
+    """Whether a mesh is set with an axis of several devices that is not manual.
+
+    Shardings that only the arguments of `jax.jit` have are not seen while it is traced.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind is not AxisType.Manual for size, kind in axes)
+
+
 def result_shardings(function: Callable, tree: Any, shardings: Any) -> Any:
     """The shardings of `function(tree)`: of what it makes like a leaf, that leaf's.
 

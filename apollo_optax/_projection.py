@@ -1,13 +1,14 @@
 """Draws the projection P of a matrix's smaller side."""
 
-import collections
+import functools
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt32
 
 from apollo_optax._paths import Path, stable_hash
@@ -52,7 +53,8 @@ def gaussian(
       >>> gaussian(jax.random.key(0), 0, rank=4, dim=10).shape
       (4, 10)
     """
-    u, v = _stored_on_cpu(*random_words(key, refresh, -(-rank // 2), dim))
+    draw = functools.partial(random_words, rows=-(-rank // 2), columns=dim)
+    u, v = _stored_on_cpu(draw, key, refresh)
     half = jax.lax.broadcasted_iota(jnp.uint32, (2, *u.shape), 0)
     entries = _normal(
         jnp.broadcast_to(u, half.shape), jnp.broadcast_to(v, half.shape) + (half << 30)
@@ -74,8 +76,8 @@ def rademacher(
       >>> bool((abs(P) == 0.5).all())
       True
     """
-    words = jnp.concatenate(random_words(key, refresh, -(-rank // (2 * _BITS_PER_WORD)), dim))
-    words = jax.lax.optimization_barrier(words)  # or each of a word's bits would make it again
+    draw = functools.partial(random_words, rows=-(-rank // (2 * _BITS_PER_WORD)), columns=dim)
+    words = jnp.concatenate(_stored_on_cpu(draw, key, refresh))
     shifts = jnp.arange(_BITS_PER_WORD, dtype=jnp.uint32)
     bits = (words[:, None, :] >> shifts[None, :, None]) & 1
     bits = bits.reshape(-1, dim)[:rank]
@@ -111,13 +113,23 @@ def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> A
     return value
 
 
-def _stored_on_cpu(*arrays: Array) -> tuple[Array, ...]:
-    """Keeps a CPU's compiler from making arrays once for each of their uses; others know better."""
-    return jax.lax.platform_dependent(
-        *arrays,
-        cpu=lambda *arrays: jax.lax.optimization_barrier(arrays),
-        default=lambda *arrays: arrays,
-    )
+def _stored_on_cpu(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function whose results a CPU keeps; it would make them again for each of their uses.
+
+    XLA's CPU compiler drops optimization barriers before it fuses, but not a call that it may not
+    put in line.
+    """
+
+    @jax.jit
+    def body(*args: Any) -> Any:
+        with set_xla_metadata(inlineable=None):
+            return function(*args)
+
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return body(*args)
+
+    return jax.lax.platform_dependent(*args, cpu=call, default=function)
 
 
 def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*batch rank dim"]:
@@ -162,30 +174,25 @@ def draw_for_each_matrix(
       shapes: Of the result, `(*batch, rank, dim)`.
       first: Where slices of stacked leaves start on their leading batch axis.
     """
-    keys = _keys_of_matrices(key, shapes, first)
-
-    def draw_each(keys: PRNGKeyArray, rank: int, dim: int) -> Array:
-        return jax.vmap(lambda key: draw(key, refresh, rank, dim))(keys)
-
-    projections = {}
-    groups = collections.defaultdict(list)
-    for path, shape in shapes.items():
-        if len(shape) == 2:
-            groups[shape].append(path)
-        else:
-            projections[path] = draw_each(keys[path], *shape[-2:]).reshape(shape)
-    for (rank, dim), paths in groups.items():
-        at_once = max(1, _TOGETHER_BYTES // (4 * rank * dim))
-        for start in range(0, len(paths), at_once):
-            some = paths[start : start + at_once]
-            drawn = draw_each(jnp.concatenate([keys[path] for path in some]), rank, dim)
+    in_order = dict(sorted(shapes.items(), key=lambda item: item[1]))
+    keys = _keys_of_matrices(key, in_order, first)
+    projections: dict[Path, Array] = {}
+    end = 0
+    for shape, of_shape in itertools.groupby(in_order, key=in_order.__getitem__):
+        (*batch, rank, dim), paths = shape, list(of_shape)
+        together = 1 if batch else max(1, _TOGETHER_BYTES // (4 * rank * dim))
+        draw_each = jax.vmap(lambda key, rank=rank, dim=dim: draw(key, refresh, rank, dim))
+        for first_of_some in range(0, len(paths), together):
+            some = paths[first_of_some : first_of_some + together]
+            start, end = end, end + math.prod(batch) * len(some)
+            drawn = draw_each(keys[start:end]).reshape(len(some), *shape)
             projections |= dict(zip(some, drawn, strict=True))
     return projections
 
 
 def _keys_of_matrices(
     key: PRNGKeyArray, shapes: Mapping[Path, tuple[int, ...]], first: Int[ArrayLike, ""]
-) -> dict[Path, PRNGKeyArray]:
+) -> PRNGKeyArray:
     """A key for each matrix of each leaf, of the leaf's path and the matrix's batch index."""
     hashes, indices = [], []
     for path, (*batch, _, _) in shapes.items():
@@ -195,17 +202,12 @@ def _keys_of_matrices(
         hashes.append(jnp.full(index.shape, stable_hash(path), jnp.uint32))
         indices.append(index)
     if not shapes:
-        return {}
+        return key[None][:0]
 
     def key_of(path_hash: Array, index: Array) -> PRNGKeyArray:
         return jax.random.fold_in(jax.random.fold_in(key, path_hash), index)
 
-    keys = jax.vmap(key_of)(jnp.concatenate(hashes), jnp.concatenate(indices))
-    ends = list(itertools.accumulate(index.size for index in indices))
-    return {
-        path: keys[end - index.size : end]
-        for path, index, end in zip(shapes, indices, ends, strict=True)
-    }
+    return jax.vmap(key_of)(jnp.concatenate(hashes), jnp.concatenate(indices))
 
 
 def check_projection(draw: Projection, rank: int, dim: int) -> None:

@@ -1,5 +1,6 @@
 """The APOLLO update as an Optax gradient transformation, and its norm-growth limiter alone."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from apollo_optax import _kernels
+from apollo_optax import _kernels_gpu, _kernels_tpu
 from apollo_optax._arguments import (
     require_callable,
     require_number,
     require_one_of,
     require_positive_integer,
 )
+from apollo_optax._kernels import Projected
 from apollo_optax._keys import key_data, require_key, wrap_like
 from apollo_optax._matrices import (
     MatrixAxes,
@@ -31,6 +33,7 @@ from apollo_optax._matrices import (
 from apollo_optax._paths import Path, lookup, named_leaves, nest, spell
 from apollo_optax._placement import (
     call_on_automatic_axes,
+    compiler_divides_arrays,
     matrices_placement,
     moments_placement,
     placement_of,
@@ -46,6 +49,8 @@ from apollo_optax._projection import (
 # (R_tilde, R), both (rank, *channel), to one factor a channel.
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
+
+_KERNELS = {"tpu": _kernels_tpu, "cuda": _kernels_gpu}
 
 # Where the published update adds 1e-8 to a norm.
 _NORM_EPS = 1e-8
@@ -319,22 +324,28 @@ def _project(
         scaling = _scaling(R_tilde, R, settings.granularity, rank_axis)
         return mu, nu, scaling, sum_of_squares_per_channel(G, axes)
 
-    def kernel(P: Array, G: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array, Array]:
-        found = _kernels.project(
-            P, G, mu, nu, axes, b1=settings.b1, b2=settings.b2, eps=settings.eps
-        )
+    def fused(
+        project: Callable[..., Projected], P: Array, G: Array, mu: Array, nu: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        found = project(P, G, mu, nu, axes, b1=settings.b1, b2=settings.b2, eps=settings.eps)
         direction, projection = found.squared_direction, found.squared_projection
         if settings.granularity == "tensor":
             direction, projection = (jnp.sum(x, axis=rank_axis) for x in (direction, projection))
         direction, projection = jnp.sqrt(direction), jnp.sqrt(projection)
         return found.mu, found.nu, direction / (projection + _NORM_EPS), found.squared_norm
 
-    args = P, G, state.mu, state.nu
+    kernels: dict[str, Any] = {}
     suits = settings.use_pallas and not callable(settings.granularity)
-    rank, dim = P.shape[-2:]
-    if not (suits and _kernels.fits(G, state.mu, rank, dim, axes)):
+    if suits and not compiler_divides_arrays():
+        kernels = {
+            platform: functools.partial(fused, module.project)
+            for platform, module in _KERNELS.items()
+            if module.fits(G, state.mu, *P.shape[-2:], axes)
+        }
+    args = P, G, state.mu, state.nu
+    if not kernels:
         return plain(*args)
-    return jax.lax.platform_dependent(*args, tpu=kernel, default=plain)
+    return jax.lax.platform_dependent(*args, **kernels, default=plain)
 
 
 def _scaling(
@@ -475,11 +486,14 @@ def scale_by_apollo(
         leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
         for leaves left to Adam, or a function of the parameters that returns one, such as
         `transformer_dimension_numbers`.
-      use_pallas: On TPUs, read a gradient once for R, its moments and the norms, by a Pallas
-        kernel, where it fits: `rank` a multiple of 8, the matrix on the last two axes, its smaller
-        side a multiple of 128, float32 moments, "channel" or "tensor" (see
-        `benchmarks/hbm_traffic.py` for what it saves). On one device or within `jax.shard_map`: XLA
-        cannot divide a kernel over a mesh. Elsewhere it does nothing.
+      use_pallas: On TPUs and NVIDIA's GPUs, read a gradient once for R, its moments and the norms,
+        by a Pallas kernel, where it fits: the matrix on the last two axes in float32 or bfloat16,
+        float32 moments, "channel" or "tensor"; on a TPU `rank` a multiple of 8 and the smaller side
+        of 128, on a GPU `rank` 1 or a multiple of 16 and both sides of 16. Elsewhere it does
+        nothing. `benchmarks/hbm_traffic.py` tells what it saves. For one device, or within
+        `jax.shard_map` with `check_vma=False`: XLA cannot divide a kernel over a mesh. With
+        `jax.set_mesh` the plain code is taken; where only the arguments of `jax.jit` tell of a
+        mesh, leave it False, or a GPU gathers whole gradients (a TPU refuses).
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra

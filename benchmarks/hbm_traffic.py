@@ -3,16 +3,18 @@
     JAX_PLATFORMS=cpu python -m benchmarks.hbm_traffic
 
 Compiles the update alone, with its weight decay, learning rate and addition to the weights, of the
-matrices of four layers of LLaMA-7B for a TPU v5e, with every optimizer, in float32 and bfloat16.
-Adds a row each to `results/hbm_traffic.json`. Half an hour on two cores, and always the same.
+matrices of four layers of LLaMA-7B for a TPU v5e and an A100, with every optimizer, in float32 and
+bfloat16. Adds a row each to `results/hbm_traffic.json`. Half an hour on two cores, and always the
+same.
 
 Words are of the weights' size: 3 for SGD (gradient, weight, new weight), 7 for AdamW. `hbm_words`
-counts what the compiled program reads from and writes to HBM. `compiler_words` is the compiler's
-own sum, `bytes accessed`, which counts what it copies ahead into the chip's fast memory three
-times: read from HBM, written there, and read from there.
+counts what the compiled program reads from and writes to HBM, each operand of an instruction once.
+`compiler_words` is the TPU compiler's own sum, `bytes accessed`, which counts what it copies ahead
+into the chip's fast memory three times: read from HBM, written there, and read from there.
 """
 
 import argparse
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +35,7 @@ from examples.llama.config import MODELS
 OUTPUT = RESULTS / "hbm_traffic.json"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "hbm_traffic.png"
 COMMAND = "JAX_PLATFORMS=cpu python -m benchmarks.hbm_traffic"
-TARGET = "tpu-v5e"
+TARGETS = {"tpu-v5e": "TPU v5e", "a100-80gb": "A100"}
 LAYERS = 4
 DTYPES = ("float32", "bfloat16")
 _LEARNING_RATE = 1e-3
@@ -62,6 +64,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "Muon": _muon,
     "APOLLO-Mini": lambda: apollo_optax.apollo_mini(
         _LEARNING_RATE, weight_dimension_numbers=_MATRIX
+    ),
+    "APOLLO-Mini, kernel": lambda: apollo_optax.apollo_mini(
+        _LEARNING_RATE, weight_dimension_numbers=_MATRIX, use_pallas=True
     ),
     "APOLLO, r = 128": _apollo(128),
     "APOLLO, r = 256": _apollo(256),
@@ -126,7 +131,7 @@ def hbm_bytes(hlo: str) -> int:
     as often as they run; of branches the cheapest, as in a step that keeps its projection.
 
     Args:
-      hlo: Text of a module that is compiled for a TPU.
+      hlo: Text of a module that is compiled for a TPU or a GPU.
 
     Raises:
       ValueError: Of a loop whose trips the text does not tell.
@@ -168,15 +173,15 @@ def _moved(each: _Instruction, shapes: dict[str, str], count: Callable[[str], in
 
 
 def compiled_update(
-    optimizer: optax.GradientTransformation, dtype: str
+    optimizer: optax.GradientTransformation, dtype: str, target: str
 ) -> tuple[jax.stages.Compiled, int]:
-    """The update of the matrices compiled for `TARGET`, and the number of their parameters."""
+    """The update of the matrices compiled for a target, and the number of their parameters."""
     shape = MODELS["7b"]
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     attention, up, down = (hidden, hidden), (hidden, intermediate), (intermediate, hidden)
     matrices = {"q": attention, "k": attention, "v": attention, "o": attention}
     matrices |= {"gate": up, "up": up, "down": down}
-    mesh = planning.mesh_for(TARGET, {"data": 1})
+    mesh = planning.mesh_for(target, {"data": 1})
 
     def placed(tree: Any) -> Any:
         sharding = NamedSharding(mesh, PartitionSpec())
@@ -195,45 +200,53 @@ def compiled_update(
     step = jax.jit(update, donate_argnums=(0, 1))
     state = jax.eval_shape(optimizer.init, params)
     traced = step.trace(placed(params), placed(state), placed(params))
-    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    platform = planning.parse_target(target).platform
+    assert platform is not None
+    # Nothing can be timed on a GPU that is not there.
+    options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else {}
+    compiled = traced.lower(lowering_platforms=(platform,)).compile(options)
     return compiled, sum(math.prod(leaf.shape) for leaf in params.values())
 
 
-def measure(name: str, dtype: str) -> Row:
-    """Words of HBM for each parameter, by this module's count and by the compiler's."""
-    compiled, parameters = compiled_update(OPTIMIZERS[name](), dtype)
+def measure(name: str, dtype: str, target: str) -> Row:
+    """Words of HBM for each parameter, by this module's count and, on a TPU, by the compiler's."""
+    compiled, parameters = compiled_update(OPTIMIZERS[name](), dtype, target)
     word = parameters * jnp.dtype(dtype).itemsize
-    analysis: Any = compiled.cost_analysis()
-    return {
+    row = {
         "optimizer": name,
         "dtype": dtype,
-        "target": TARGET,
+        "target": target,
         "layers": LAYERS,
         "hbm_words": round(hbm_bytes(compiled.as_text() or "") / word, 4),
-        "compiler_words": round(analysis["bytes accessed"] / word, 4),
     }
+    analysis: Any = compiled.cost_analysis()
+    if analysis:
+        row["compiler_words"] = round(analysis["bytes accessed"] / word, 4)
+    return row
 
 
-def _wanted(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    done = {(row["optimizer"], row["dtype"]) for row in rows}
-    for name in OPTIMIZERS:
-        for dtype in DTYPES:
-            if (name, dtype) not in done:
-                yield name, dtype
+def _wanted(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
+    done = {(row["optimizer"], row["dtype"], row["target"]) for row in rows}
+    for wanted in itertools.product(OPTIMIZERS, DTYPES, TARGETS):
+        if wanted not in done:
+            yield wanted
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Words of HBM a parameter, in Markdown; the compiler's sum after a slash."""
+    """Words of HBM a parameter, in Markdown; the TPU compiler's sum after a slash."""
+    found = {(row["optimizer"], row["dtype"], row["target"]): row for row in rows}
+    columns = list(itertools.product(TARGETS, DTYPES))
+    titles = [f"{TARGETS[target]}, {dtype} | over AdamW's" for target, dtype in columns]
     lines = [
-        "| optimizer | float32 | over AdamW's | bfloat16 | over AdamW's |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| optimizer | " + " | ".join(titles) + " |",
+        "| --- |" + " ---: | ---: |" * len(columns),
     ]
-    found = {(row["optimizer"], row["dtype"]): row for row in rows}
     for name in OPTIMIZERS:
         cells = [name]
-        for dtype in DTYPES:
-            row, adamw = found[name, dtype], found["AdamW", dtype]
-            cells.append(f"{row['hbm_words']:.2f} / {row['compiler_words']:.2f}")
+        for target, dtype in columns:
+            row, adamw = found[name, dtype, target], found["AdamW", dtype, target]
+            of_compiler = f" / {row['compiler_words']:.2f}" if "compiler_words" in row else ""
+            cells.append(f"{row['hbm_words']:.2f}{of_compiler}")
             cells.append(f"{row['hbm_words'] / adamw['hbm_words']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -241,15 +254,17 @@ def table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row]) -> None:
     """Draws the words of float32 updates as bars."""
-    own = [row for row in rows if row["dtype"] == "float32" and row["optimizer"] != "Muon"]
-    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
-    axes = figure.subplots()
-    labels, words = [row["optimizer"] for row in own], [row["hbm_words"] for row in own]
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    found = {(row["optimizer"], row["dtype"], row["target"]): row["hbm_words"] for row in rows}
+    labels = [name for name in OPTIMIZERS if name != "Muon"]
     colors = ["C1" if label.startswith("APOLLO") else "C0" for label in labels]
-    axes.bar_label(axes.barh(labels, words, color=colors), fmt="%.2f", padding=3)
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set(xlabel="words of HBM a parameter, float32 (Muon is out of the picture)")
+    panels = figure.subplots(1, len(TARGETS), sharey=True)
+    for axes, (target, title) in zip(panels, TARGETS.items(), strict=True):
+        words = [found[label, "float32", target] for label in labels]
+        axes.bar_label(axes.barh(labels, words, color=colors), fmt="%.2f", padding=3)
+        axes.margins(x=0.15)
+        axes.set(title=title, xlabel="words of HBM a parameter, float32")
+    panels[0].invert_yaxis()
     figure.savefig(IMAGE, dpi=120, metadata={"Software": None})
 
 
@@ -259,11 +274,11 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=[*OPTIMIZERS], help="this one only, printed")
     options = parser.parse_args()
     if options.optimizer:
-        for dtype in DTYPES:
-            print(measure(options.optimizer, dtype))
+        for dtype, target in itertools.product(DTYPES, TARGETS):
+            print(measure(options.optimizer, dtype, target))
         return
-    for name, dtype in _wanted(read_rows(OUTPUT)):
-        row = measure(name, dtype)
+    for wanted in _wanted(read_rows(OUTPUT)):
+        row = measure(*wanted)
         add_row(OUTPUT, COMMAND, row)
         print(row, flush=True)
     draw(read_rows(OUTPUT))

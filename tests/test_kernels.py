@@ -1,4 +1,4 @@
-"""The Pallas kernel against the plain code, and its claims of what it moves."""
+"""The Pallas kernels against the plain code, and their claims of what they move."""
 
 import functools
 from typing import Any
@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from apollo_optax import ApolloDimensionNumbers, _kernels, planning, scale_by_apollo
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    _kernels,
+    _kernels_gpu,
+    _kernels_tpu,
+    planning,
+    scale_by_apollo,
+)
 from apollo_optax._matrices import (
     low_rank_shape,
     matrix_axes,
@@ -16,26 +24,30 @@ from apollo_optax._matrices import (
     projection_shape,
     sum_of_squares_per_channel,
 )
+from benchmarks.hbm_traffic import hbm_bytes
 
 LAST_TWO = ApolloDimensionNumbers(-2, -1)
+TPU_SHAPES = [(128, 300), (300, 128), (1024, 1100), (1100, 640), (3, 256, 700), (2, 2, 700, 256)]
+GPU_SHAPES = [(48, 80), (80, 48), (96, 1024), (1024, 96), (3, 64, 208), (2, 2, 208, 64)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    "shape",
-    [(128, 300), (300, 128), (1024, 1100), (1100, 640), (3, 256, 700), (2, 2, 700, 256)],
-    ids=str,
+    ("kernels", "rank", "shape"),
+    [(_kernels_tpu, 16, shape) for shape in TPU_SHAPES]
+    + [(_kernels_gpu, 48, shape) for shape in GPU_SHAPES]
+    + [(_kernels_gpu, 1, shape) for shape in GPU_SHAPES[-2:]],
 )
-def test_it_is_the_plain_code(shape, dtype):
+def test_it_is_the_plain_code(kernels, rank, shape, dtype):
     axes = matrix_axes(LAST_TWO, shape, ("w",))
-    rank, dim, channels = 16, min(shape[-2:]), max(shape[-2:])
+    dim, channels = min(shape[-2:]), max(shape[-2:])
     keys = jax.random.split(jax.random.key(0), 4)
     P = jax.random.normal(keys[0], (*shape[:-2], rank, dim))
     G = jax.random.normal(keys[1], shape, dtype)
     mu = jax.random.normal(keys[2], (*shape[:-2], rank, channels))
     nu = jax.random.uniform(keys[3], mu.shape)
-    assert _kernels.fits(G, mu, rank, dim, axes)
-    found = _kernels.project(P, G, mu, nu, axes, b1=0.9, b2=0.99, eps=1e-3, interpret=True)
+    assert kernels.fits(G, mu, rank, dim, axes)
+    found = kernels.project(P, G, mu, nu, axes, b1=0.9, b2=0.99, eps=1e-3, interpret=True)
 
     R = project(P, G, axes)
     mu, nu = 0.9 * mu + 0.1 * R, 0.99 * nu + 0.01 * R**2
@@ -45,28 +57,34 @@ def test_it_is_the_plain_code(shape, dtype):
         (found.squared_direction, mu / (jnp.sqrt(nu) + 1e-3)),
         (found.squared_projection, R),
     ):
-        np.testing.assert_allclose(squares, jnp.sum(of**2, axis=-2), rtol=1e-4)
+        np.testing.assert_allclose(squares, jnp.sum(of**2, axis=-2), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.squared_norm, sum_of_squares_per_channel(G, axes), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("shape", "axes", "rank", "dtype", "mu_dtype"),
     [
-        ((256, 512), LAST_TWO, 4, jnp.float32, jnp.float32),  # no whole tile of rows
-        ((200, 512), LAST_TWO, 8, jnp.float32, jnp.float32),  # nor of columns
-        ((256, 512), LAST_TWO, 8, jnp.float16, jnp.float32),
-        ((256, 512), LAST_TWO, 8, jnp.float32, jnp.bfloat16),
-        ((16384, 16384), LAST_TWO, 256, jnp.float32, jnp.float32),  # P has no room
-        ((256, 4, 128), ApolloDimensionNumbers(0, (1, 2)), 8, jnp.float32, jnp.float32),  # heads
-        ((256, 3, 512), ApolloDimensionNumbers(0, 2), 8, jnp.float32, jnp.float32),  # layers inside
+        ((200, 510), LAST_TWO, 4, jnp.float32, jnp.float32),  # no whole tiles or blocks
+        ((256, 512), LAST_TWO, 16, jnp.float16, jnp.float32),
+        ((256, 512), LAST_TWO, 16, jnp.float32, jnp.bfloat16),
+        ((16384, 16384), LAST_TWO, 2048, jnp.float32, jnp.float32),  # P or R has no room
+        ((256, 4, 128), ApolloDimensionNumbers(0, (1, 2)), 16, jnp.float32, jnp.float32),  # heads
+        (
+            (256, 3, 512),
+            ApolloDimensionNumbers(0, 2),
+            16,
+            jnp.float32,
+            jnp.float32,
+        ),  # layers inside
     ],
 )
-def test_what_it_cannot_take_is_left_to_the_plain_code(shape, axes, rank, dtype, mu_dtype):
+@pytest.mark.parametrize("kernels", [_kernels_tpu, _kernels_gpu])
+def test_what_it_cannot_take_is_left_to_the_plain_code(kernels, shape, axes, rank, dtype, mu_dtype):
     matrix = matrix_axes(axes, shape, ("w",))
     G: Any = jax.ShapeDtypeStruct(shape, dtype)
     mu: Any = jax.ShapeDtypeStruct(low_rank_shape(shape, matrix, rank), mu_dtype)
     dim = projection_shape(shape, matrix, rank)[-1]
-    assert not _kernels.fits(G, mu, rank, dim, matrix)
+    assert not kernels.fits(G, mu, rank, dim, matrix)
 
 
 def test_its_cost_is_every_block_once():
@@ -77,14 +95,26 @@ def test_its_cost_is_every_block_once():
     assert cost.flops == 2 * (2 * 8 * 256 * 512 + 2 * 256 * 512)
 
 
+def pretend_to_be_on(platform: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run as on the chip, but interpreted."""
+    kernel = functools.partial(kernels.project, interpret=True)
+    monkeypatch.setattr(kernels, "project", kernel)
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *args, **of: of[platform if platform in of else "cpu"](*args),
+    )
+
+
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-@pytest.mark.parametrize("shape", [(128, 300), (2, 300, 128)])
-def test_training_with_it_is_training_without(granularity, shape, monkeypatch):
+@pytest.mark.parametrize("shape", [(128, 304), (2, 304, 128)])
+@pytest.mark.parametrize(("platform", "kernels"), [("tpu", _kernels_tpu), ("cuda", _kernels_gpu)])
+def test_training_with_it_is_training_without(platform, kernels, granularity, shape, monkeypatch):
     grads = [{"w": jax.random.normal(jax.random.key(n), shape)} for n in range(4)]
 
     def train(**options):
         tx = scale_by_apollo(
-            8, 2, granularity=granularity, weight_dimension_numbers=LAST_TWO, **options
+            16, 2, granularity=granularity, weight_dimension_numbers=LAST_TWO, **options
         )
         state = tx.init(grads[0])
         for grad in grads:
@@ -92,33 +122,72 @@ def test_training_with_it_is_training_without(granularity, shape, monkeypatch):
         return updates, state
 
     expected = train()
-    # As on a TPU, but interpreted.
-    kernel = functools.partial(_kernels.project, interpret=True)
-    monkeypatch.setattr(_kernels, "project", kernel)
-    monkeypatch.setattr(
-        jax.lax,
-        "platform_dependent",
-        lambda *args, tpu=None, **rest: rest["cpu"](*args) if tpu is None else tpu(*args),
-    )
+    pretend_to_be_on(platform, kernels, monkeypatch)
     for found, wanted in zip(
         jax.tree.leaves(train(use_pallas=True)), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_elsewhere_than_on_tpus_nothing_changes():
+def test_elsewhere_nothing_changes():
     params = {"w": jax.random.normal(jax.random.key(0), (128, 256))}
 
     def train(**options):
-        tx = scale_by_apollo(rank=8, **options)
+        tx = scale_by_apollo(rank=16, **options)
         return jax.jit(tx.update)(params, tx.init(params))[0]["w"]
 
     np.testing.assert_array_equal(train(use_pallas=True), train())
 
 
+def test_a_kernel_is_not_put_where_the_compiler_would_have_to_divide_it(monkeypatch):
+    pretend_to_be_on("cuda", _kernels_gpu, monkeypatch)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.ones((128, 256))}
+    tx = scale_by_apollo(rank=16, use_pallas=True)
+    state = tx.init(params)
+
+    def update(grads: Any, state: Any) -> Any:
+        return tx.update(grads, state)
+
+    whole = PartitionSpec()
+    each = jax.shard_map(update, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+
+    def has_kernel(of: Any) -> bool:
+        return "pallas_call" in str(jax.make_jaxpr(of)(params, state))
+
+    assert has_kernel(update)
+    with jax.set_mesh(mesh):
+        assert not has_kernel(update)
+        assert has_kernel(each)
+
+
 def test_use_pallas_is_true_or_false():
     with pytest.raises(TypeError, match="use_pallas must be True or False, got 'tpu'"):
         scale_by_apollo(use_pallas="tpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.planning
+@pytest.mark.parametrize("rank", [1, 208])
+@pytest.mark.parametrize("shape", [(1, 4096, 8192), (1, 8192, 4096)])
+def test_on_a_gpu_it_saves_a_read_of_the_gradient(shape, rank):
+    mesh = planning.mesh_for("a100-80gb", {"data": 1})
+    sharding = NamedSharding(mesh, PartitionSpec())
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
+
+    def moved(*, use_pallas: bool) -> int:
+        tx = scale_by_apollo(rank, weight_dimension_numbers=LAST_TWO, use_pallas=use_pallas)
+        state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(tx.init, params),
+        )
+        lowered = (
+            jax.jit(tx.update, donate_argnums=1)
+            .trace(params, state)
+            .lower(lowering_platforms=("cuda",))
+        )
+        return hbm_bytes(lowered.compile({"xla_gpu_autotune_level": 0}).as_text() or "")
+
+    assert moved(use_pallas=True) < moved(use_pallas=False) - 0.9 * np.prod(shape) * 4
 
 
 @pytest.mark.planning
