@@ -40,6 +40,8 @@ LAYERS = 4
 DTYPES = ("float32", "bfloat16")
 _LEARNING_RATE = 1e-3
 _MATRIX = ApolloDimensionNumbers(-2, -1)
+# Optax's GaLore takes no stacked layers: one layer of it, each matrix a leaf.
+_GALORE = "GaLore, r = 256"
 
 
 def _apollo(rank: int, **options: Any) -> Callable[[], optax.GradientTransformation]:
@@ -62,6 +64,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "Lion": lambda: optax.lion(_LEARNING_RATE),
     "Adafactor": lambda: optax.adafactor(_LEARNING_RATE),
     "Muon": _muon,
+    _GALORE: lambda: optax.contrib.galore(_LEARNING_RATE, rank=256),
     "APOLLO-Mini": lambda: apollo_optax.apollo_mini(
         _LEARNING_RATE, weight_dimension_numbers=_MATRIX
     ),
@@ -145,6 +148,19 @@ def hbm_bytes(hlo: str) -> int:
     return count(entry)
 
 
+def _cheapest(branches: Sequence[str], count: Callable[[str], int]) -> int:
+    """Of those that can be counted: a branch may have a loop until it converges, as an SVD has."""
+    counts, refused = [], ValueError("a conditional without branches")
+    for branch in branches:
+        try:
+            counts.append(count(branch))
+        except ValueError as error:
+            refused = error
+    if not counts:
+        raise refused
+    return min(counts)
+
+
 def _moved(each: _Instruction, shapes: dict[str, str], count: Callable[[str], int]) -> int:
     if each.opcode in _MOVES_NOTHING or "ConcatBitcast" in each.rest:
         return 0
@@ -158,7 +174,7 @@ def _moved(each: _Instruction, shapes: dict[str, str], count: Callable[[str], in
         branches = re.search(r"branch_computations=\{([^}]*)\}", each.rest)
         names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
         names += [called[key] for key in ("true_computation", "false_computation") if key in called]
-        return min(map(count, names))
+        return _cheapest(names, count)
     if each.opcode == "call":
         return count(called["to_apply"])
     if each.opcode in ("copy-start", "slice-start"):
@@ -172,10 +188,9 @@ def _moved(each: _Instruction, shapes: dict[str, str], count: Callable[[str], in
     return _in_hbm(each.shape) + sum(_in_hbm(shapes.get(name, "")) for name in operands)
 
 
-def compiled_update(
-    optimizer: optax.GradientTransformation, dtype: str, target: str
-) -> tuple[jax.stages.Compiled, int]:
+def compiled_update(name: str, dtype: str, target: str) -> tuple[jax.stages.Compiled, int]:
     """The update of the matrices compiled for a target, and the number of their parameters."""
+    optimizer, stacked = OPTIMIZERS[name](), () if name == _GALORE else (LAYERS,)
     shape = MODELS["7b"]
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     attention, up, down = (hidden, hidden), (hidden, intermediate), (intermediate, hidden)
@@ -190,7 +205,8 @@ def compiled_update(
         )
 
     params = {
-        name: jax.ShapeDtypeStruct((LAYERS, *sizes), dtype) for name, sizes in matrices.items()
+        matrix: jax.ShapeDtypeStruct((*stacked, *sizes), dtype)
+        for matrix, sizes in matrices.items()
     }
 
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -210,13 +226,13 @@ def compiled_update(
 
 def measure(name: str, dtype: str, target: str) -> Row:
     """Words of HBM for each parameter, by this module's count and, on a TPU, by the compiler's."""
-    compiled, parameters = compiled_update(OPTIMIZERS[name](), dtype, target)
+    compiled, parameters = compiled_update(name, dtype, target)
     word = parameters * jnp.dtype(dtype).itemsize
     row = {
         "optimizer": name,
         "dtype": dtype,
         "target": target,
-        "layers": LAYERS,
+        "layers": 1 if name == _GALORE else LAYERS,
         "hbm_words": round(hbm_bytes(compiled.as_text() or "") / word, 4),
     }
     analysis: Any = compiled.cost_analysis()

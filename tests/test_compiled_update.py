@@ -5,18 +5,22 @@ import re
 from typing import Any
 
 import jax
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from apollo_optax import ApolloDimensionNumbers, planning, scale_by_apollo
+from apollo_optax import ApolloDimensionNumbers, apollo_mini, planning, scale_by_apollo
 from benchmarks.hbm_traffic import hbm_bytes
 
+LAST_TWO = ApolloDimensionNumbers(-2, -1)
 CHIPS = [pytest.param(chip, marks=pytest.mark.planning) for chip in ("tpu-v5e", "a100-80gb")]
 _COPY = re.compile(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy|copy-start)\(")
 
 
-def compiled_update(target: str, rank: int, shape: tuple[int, ...], **options: Any) -> str:
-    """The update of stacked matrices in float32 and in place, as text."""
+def compiled_update(
+    target: str, optimizer: optax.GradientTransformation, shape: tuple[int, ...]
+) -> str:
+    """A step with float32 matrices, its gradients given and all else in place, as text."""
     target_of = planning.parse_target(target)
     sharding = None
     if target_of.platform:
@@ -26,22 +30,25 @@ def compiled_update(target: str, rank: int, shape: tuple[int, ...], **options: A
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    tx = scale_by_apollo(rank, weight_dimension_numbers=ApolloDimensionNumbers(-2, -1), **options)
-    grads = {"w": placed(jax.ShapeDtypeStruct(shape, "float32"))}
-    state = jax.tree.map(placed, jax.eval_shape(tx.init, grads))
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": placed(jax.ShapeDtypeStruct(shape, "float32"))}
+    state = jax.tree.map(placed, jax.eval_shape(optimizer.init, params))
     platforms = (target_of.platform,) if target_of.platform else None
-    step = jax.jit(tx.update, donate_argnums=1)
-    lowered = step.trace(grads, state).lower(lowering_platforms=platforms)
+    traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, params)
     # Nothing can be timed on a GPU that is not there.
     on_gpu = {"xla_gpu_autotune_level": 0} if target_of.platform == "cuda" else None
-    return lowered.compile(on_gpu).as_text() or ""
+    return traced.lower(lowering_platforms=platforms).compile(on_gpu).as_text() or ""
 
 
 @pytest.mark.parametrize("target", ["cpu", *CHIPS])
 @pytest.mark.parametrize(("rank", "granularity"), [(1, "tensor"), (64, "channel")])
 @pytest.mark.parametrize("shape", [(1, 512, 1536), (1, 1536, 512), (2, 512, 1536), (2, 1536, 512)])
 def test_no_gradient_is_transposed_or_copied(target, rank, granularity, shape):
-    hlo = compiled_update(target, rank, shape, granularity=granularity)
+    tx = scale_by_apollo(rank, granularity=granularity, weight_dimension_numbers=LAST_TWO)
+    hlo = compiled_update(target, tx, shape)
     sizes = [math.prod(map(int, found[1].split(","))) for found in _COPY.finditer(hlo)]
     assert not [size for size in sizes if size >= math.prod(shape)]
 
@@ -52,11 +59,24 @@ def test_no_gradient_is_transposed_or_copied(target, rank, granularity, shape):
 )
 @pytest.mark.parametrize("shape", [(1, 4096, 8192), (1, 8192, 4096)])
 def test_a_kernel_saves_a_read_of_the_gradient(target, rank, shape):
-    plain, kernel = (
-        hbm_bytes(compiled_update(target, rank, shape, use_pallas=use_pallas))
-        for use_pallas in (False, True)
-    )
-    assert kernel < plain - 0.9 * 4 * math.prod(shape)
+    def moved(*, use_pallas: bool) -> int:
+        tx = scale_by_apollo(rank, weight_dimension_numbers=LAST_TWO, use_pallas=use_pallas)
+        return hbm_bytes(compiled_update(target, tx, shape))
+
+    assert moved(use_pallas=True) < moved(use_pallas=False) - 0.9 * 4 * math.prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("cpu", 5), pytest.param("tpu-v5e", 4, marks=pytest.mark.planning)],
+)
+def test_weight_decay_and_schedule_are_applied_in_the_same_pass(target, words):
+    """Gradient twice (on a CPU norm and projection are two reads), weight in and out."""
+    shape = (2, 1024, 4096)
+    schedule = optax.cosine_decay_schedule(0.01, 100)
+    mini = apollo_mini(schedule, weight_dimension_numbers=LAST_TWO, weight_decay=0.1)
+    moved = hbm_bytes(compiled_update(target, mini, shape))
+    assert moved / (4 * math.prod(shape)) == pytest.approx(words, rel=0.01)
 
 
 @pytest.mark.planning
@@ -64,8 +84,7 @@ def test_a_kernel_counts_as_what_it_moves_in_the_compilers_own_sum():
     params = {"w": jax.ShapeDtypeStruct((4, 1024, 4096), "float32")}
 
     def moved(*, use_pallas: bool) -> float:
-        axes = ApolloDimensionNumbers(-2, -1)
-        tx = scale_by_apollo(64, weight_dimension_numbers=axes, use_pallas=use_pallas)
+        tx = scale_by_apollo(64, weight_dimension_numbers=LAST_TWO, use_pallas=use_pallas)
         state = jax.eval_shape(tx.init, params)
         plan = planning.compile_for("tpu-v5e", tx.update, params, state, donate_argnums=1)
         assert plan.hbm_bytes is not None

@@ -46,3 +46,27 @@ def test_arrays_in_other_memories_are_not_counted_and_loops_are_as_often_as_they
 def test_a_loop_whose_trips_are_unknown_is_refused():
     with pytest.raises(ValueError, match="loop loop does not tell its trips"):
         hbm_bytes(PROGRAM.replace("TRIPS", "metadata={}"))
+
+
+def test_of_branches_the_cheapest_that_can_be_counted_is():
+    branches = """
+%small (s: (f32[256])) -> f32[256] {
+  %s = (f32[256]{0}) parameter(0)
+  %x2 = f32[256]{0} get-tuple-element(%s), index=0
+  ROOT %twice = f32[256]{0} add(%x2, %x2)
+}
+
+%endless (t: (f32[256])) -> f32[256] {
+  %t = (f32[256]{0}) parameter(0)
+  %u = (f32[256]{0}) while(%t), condition=%condition, body=%body
+  ROOT %x3 = f32[256]{0} get-tuple-element(%u), index=0
+}
+
+ENTRY """
+    chosen = "branch_computations={%endless, %small}"
+    program = PROGRAM.replace("ENTRY ", branches).replace(
+        "while(%state)", "conditional(%p, %state)"
+    )
+    program = program.replace("condition=%condition, body=%body, TRIPS", chosen)
+    ahead, half, branch, total = 1024, 512, 3 * 1024, 3 * 1024
+    assert hbm_bytes(program) == ahead + half + branch + total
