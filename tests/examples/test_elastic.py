@@ -56,7 +56,7 @@ def train(flags: list[str], mesh: str | None, *, until: int) -> None:
     "kind",
     [
         "f32",
-        "int8-layerwise",
+        pytest.param("int8-layerwise", marks=pytest.mark.release),
         pytest.param("bf16", marks=pytest.mark.release),
         pytest.param("f32-layerwise", marks=pytest.mark.release),
     ],

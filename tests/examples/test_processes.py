@@ -124,7 +124,7 @@ def test_several_processes_train_as_one_and_go_on_as_one(
 ENDLESS = ["--steps", "100000", "--mesh", "data=2,fsdp=2", "--log-every", "1"]
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.release), 1])
 def test_when_one_is_killed_the_other_ends_and_says_so(
     killed: int, launch: Launch, tmp_path: Path
 ) -> None:
