@@ -3,8 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,7 @@ def gaussian(
       >>> gaussian(jax.random.key(0), 0, rank=4, dim=10).shape
       (4, 10)
     """
-    draw = functools.partial(random_words, rows=-(-rank // 2), columns=dim)
-    u, v = _stored_on_cpu(draw, key, refresh)
+    u, v = _stored_words(key, refresh, -(-rank // 2), dim)
     half = jax.lax.broadcasted_iota(jnp.uint32, (2, *u.shape), 0)
     entries = _normal(
         jnp.broadcast_to(u, half.shape), jnp.broadcast_to(v, half.shape) + (half << 30)
@@ -76,8 +75,7 @@ def rademacher(
       >>> bool((abs(P) == 0.5).all())
       True
     """
-    draw = functools.partial(random_words, rows=-(-rank // (2 * _BITS_PER_WORD)), columns=dim)
-    words = jnp.concatenate(_stored_on_cpu(draw, key, refresh))
+    words = jnp.concatenate(_stored_words(key, refresh, -(-rank // (2 * _BITS_PER_WORD)), dim))
     shifts = jnp.arange(_BITS_PER_WORD, dtype=jnp.uint32)
     bits = (words[:, None, :] >> shifts[None, :, None]) & 1
     bits = bits.reshape(-1, dim)[:rank]
@@ -113,23 +111,32 @@ def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> A
     return value
 
 
-def _stored_on_cpu(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function whose results a CPU keeps; it would make them again for each of their uses.
+def _stored_words(
+    key: PRNGKeyArray, stream: Int[ArrayLike, ""], rows: int, columns: int
+) -> tuple[UInt32[Array, "rows columns"], UInt32[Array, "rows columns"]]:
+    """`random_words` that a CPU keeps; it would make them again for each of their uses.
 
     XLA's CPU compiler drops optimization barriers before it fuses, but not a call that it may not
     put in line.
     """
 
-    @jax.jit
-    def body(*args: Any) -> Any:
-        with set_xla_metadata(inlineable=None):
-            return function(*args)
-
-    def call(*args: Any) -> Any:
+    def call(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
         with set_xla_metadata(inlineable="false"):
-            return body(*args)
+            return _words_in_line(key, stream, rows, columns)
 
-    return jax.lax.platform_dependent(*args, cpu=call, default=function)
+    def in_line(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
+        return random_words(key, stream, rows, columns)
+
+    return jax.lax.platform_dependent(key, stream, cpu=call, default=in_line)
+
+
+# Not within `_stored_words`, where outside of `jax.jit` every call would compile it again.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _words_in_line(
+    key: PRNGKeyArray, stream: Array, rows: int, columns: int
+) -> tuple[Array, Array]:
+    with set_xla_metadata(inlineable=None):  # the call only, not what it calls
+        return random_words(key, stream, rows, columns)
 
 
 def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*batch rank dim"]:

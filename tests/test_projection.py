@@ -76,3 +76,19 @@ def test_scaling_factors_follow_the_square_root_of_rank_over_dimension(draw, fra
     ratio = factors(dim // fraction, draw) / factors(dim, identity)
     assert float(jnp.median(ratio)) == pytest.approx(fraction**-0.5, rel=0.05)
     assert float(jnp.std(ratio)) < 0.25 * fraction**-0.5
+
+
+@pytest.mark.parametrize("draw", [gaussian, rademacher])
+def test_outside_of_jit_nothing_is_compiled_again(draw):
+    compiled = []
+    draw(jax.random.key(0), 0, 4, 24)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        draw(jax.random.key(1), 1, 4, 24)
+        assert not compiled
+        draw(jax.random.key(1), 1, 4, 25)
+        assert compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
