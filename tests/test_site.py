@@ -110,3 +110,23 @@ def test_small_llama_is_that_of_the_results(name: str) -> None:
         f"{run['state_per_parameter']:.2f}",
         f"{run['step_milliseconds']:.0f}",
     ]
+
+
+def test_figures_of_the_update_in_the_text_are_those_of_the_results() -> None:
+    timed = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))["rows"]
+    (over_adamw,) = (
+        row["over_adamw"]
+        for row in timed
+        if (row["model"], row["optimizer"]) == ("60m", "APOLLO-Mini")
+    )
+    traffic = json.loads((RESULTS / "hbm_traffic.json").read_text(encoding="utf-8"))["rows"]
+    words = {(row["optimizer"], row["dtype"], row["target"]): row["hbm_words"] for row in traffic}
+    mini, adamw = (words[name, "float32", "tpu-v5e"] for name in ("APOLLO-Mini", "AdamW"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"APOLLO-Mini takes {over_adamw:.2f} of `optax.adamw`'s time" in readme
+    assert f"moves {mini:.1f} words of memory a parameter\n  where AdamW moves {adamw:g};" in readme
+    plain, adamw = (words[name, "bfloat16", "tpu-v5e"] for name in ("APOLLO, r = 256", "AdamW"))
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert (
+        f"In bfloat16 plain code moves {1 - plain / adamw:.0%} less than AdamW at r = 256" in page
+    )
