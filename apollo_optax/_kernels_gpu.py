@@ -1,16 +1,15 @@
 """The kernel of GPUs, by Triton: a program takes some channels and keeps their R in registers."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
-from apollo_optax._kernels import Projected, cost_of, decays, need_no_transpose, update_moments
+from apollo_optax._kernels import Program, Sizes, need_no_transpose, update_moments
 from apollo_optax._matrices import MatrixAxes
 
 # Triton's blocks have powers of two for sides, and its products at least 16.
@@ -48,75 +47,29 @@ def _powers_of_two(rank: int) -> list[tuple[int, int]]:
     return [((rank >> bit + 1) << bit + 1, 1 << bit) for bit in bits]
 
 
-def project(
-    P: Float[Array, "*batch rank dim"],
-    G: Float[Array, "*leaf"],
-    mu: Float[Array, "*batch rank channels"],
-    nu: Float[Array, "*batch rank channels"],
-    axes: MatrixAxes,
-    *,
-    b1: ArrayLike,
-    b2: ArrayLike,
-    eps: ArrayLike,
-    interpret: bool = False,
-) -> Projected:
-    """The moments of R = P G and the norms, all in float32.
+def program(sizes: Sizes) -> Program:
+    """The kernel for these sizes.
 
-    Every program reads all of P, which is small enough for a GPU's second cache to give it.
-
-    Args:
-      P: Projections, float32.
-      G: Matrices; `fits` holds for them.
-      mu: First moments before the step, float32; their memory is taken over.
-      nu: Second moments before the step.
-      axes: Of G.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      interpret: Run it as a program of JAX, on any machine.
+    Each of its programs reads all of P, which is small enough for a GPU's second cache to give it.
     """
-    batch_shape, (rank, dim) = P.shape[:-2], P.shape[-2:]
-    matrices, channels = math.prod(batch_shape), G.shape[axes.channel[0]]
-    dim_is_last = axes.projected[0] == G.ndim - 1
-    depth = next(size for size in _DEPTHS if dim % size == 0)
-    width = _width(rank, channels)
+    matrices, rank, dim, channels, dim_is_last = sizes
+    depth, width = next(size for size in _DEPTHS if dim % size == 0), _width(rank, channels)
     assert width is not None
-
     if dim_is_last:
         block = pl.BlockSpec((None, width, dim), lambda j, b: (b, j, 0))
     else:
         block = pl.BlockSpec((None, dim, width), lambda j, b: (b, 0, j))
-    moments = pl.BlockSpec((None, rank, width), lambda j, b: (b, 0, j))
-    norms = pl.BlockSpec((None, width), lambda j, b: (b, j))
-    of_moments = jax.ShapeDtypeStruct((matrices, rank, channels), jnp.float32)
-    of_norms = jax.ShapeDtypeStruct((matrices, channels), jnp.float32)
-    new_mu, new_nu, *squares = pl.pallas_call(
+    num_warps = 8 if rank * width > 4 * _ELEMENTS_OF_A_WARP else 4
+    return Program(
         functools.partial(_kernel, depth=depth, dim_is_last=dim_is_last),
         grid=(channels // width, matrices),
-        in_specs=[
-            pl.BlockSpec((3,), lambda j, b: (0,)),
-            pl.BlockSpec((None, rank, dim), lambda j, b: (b, 0, 0)),
-            block,
-            moments,
-            moments,
-        ],
-        out_specs=[moments, moments, norms, norms, norms],
-        out_shape=[of_moments, of_moments, of_norms, of_norms, of_norms],
-        input_output_aliases={3: 0, 4: 1},
-        cost_estimate=cost_of(matrices, rank, dim, channels, G.dtype.itemsize),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=8 if rank * width > 4 * _ELEMENTS_OF_A_WARP else 4, num_stages=2
-        ),
-        interpret=interpret,
-    )(
-        decays(b1, b2, eps),
-        P.reshape(matrices, rank, dim),
-        G.reshape(matrices, *G.shape[-2:]),
-        mu.reshape(of_moments.shape),
-        nu.reshape(of_moments.shape),
+        decays=pl.BlockSpec((3,), lambda j, b: (0,)),
+        P=pl.BlockSpec((None, rank, dim), lambda j, b: (b, 0, 0)),
+        G=block,
+        moments=pl.BlockSpec((None, rank, width), lambda j, b: (b, 0, j)),
+        norms=pl.BlockSpec((None, None, width), lambda j, b: (b, 0, j)),
+        options={"compiler_params": plgpu.CompilerParams(num_warps=num_warps, num_stages=2)},
     )
-    per_channel = (x.reshape(*batch_shape, channels) for x in squares)
-    return Projected(new_mu.reshape(mu.shape), new_nu.reshape(nu.shape), *per_channel)
 
 
 def _kernel(

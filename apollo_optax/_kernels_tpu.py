@@ -1,16 +1,15 @@
 """The kernel of TPUs: blocks of G pass through the chip's memory, where R, P and moments stay."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
-from apollo_optax._kernels import Projected, cost_of, decays, need_no_transpose, update_moments
+from apollo_optax._kernels import Program, Sizes, need_no_transpose, update_moments
 from apollo_optax._matrices import MatrixAxes
 
 # A TPU's tiles of float32 are of 8 rows and 128 columns.
@@ -39,75 +38,32 @@ def _vmem_bytes(rank: int, dim: int, width: int) -> int:
     return 2 * (4 * rank * dim + 4 * _DEPTH * width + 4 * of_moments) + of_moments
 
 
-def project(
-    P: Float[Array, "*batch rank dim"],
-    G: Float[Array, "*leaf"],
-    mu: Float[Array, "*batch rank channels"],
-    nu: Float[Array, "*batch rank channels"],
-    axes: MatrixAxes,
-    *,
-    b1: ArrayLike,
-    b2: ArrayLike,
-    eps: ArrayLike,
-    interpret: bool = False,
-) -> Projected:
-    """The moments of R = P G and the norms, all in float32.
-
-    Args:
-      P: Projections, float32.
-      G: Matrices; `fits` holds for them.
-      mu: First moments before the step, float32; their memory is taken over.
-      nu: Second moments before the step.
-      axes: Of G.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      interpret: Run it as a program of JAX, on any machine.
-    """
-    batch_shape, (rank, dim) = P.shape[:-2], P.shape[-2:]
-    matrices, channels = math.prod(batch_shape), G.shape[axes.channel[0]]
-    dim_is_last = axes.projected[0] == G.ndim - 1
+def program(sizes: Sizes) -> Program:
+    """The kernel for these sizes."""
+    matrices, rank, dim, channels, dim_is_last = sizes
     depth = max(size for size in range(_COLUMNS, _DEPTH + 1, _COLUMNS) if dim % size == 0)
     width = next(size for size in _WIDTHS if _vmem_bytes(rank, dim, size) <= _VMEM_BYTES)
     width = min(width, channels)
-
     if dim_is_last:
         block = pl.BlockSpec((None, width, depth), lambda b, j, k: (b, j, k))
     else:
         block = pl.BlockSpec((None, depth, width), lambda b, j, k: (b, k, j))
-    moments = pl.BlockSpec((None, rank, width), lambda b, j, k: (b, 0, j))
-    norms = pl.BlockSpec((None, 1, width), lambda b, j, k: (b, 0, j))
-    of_moments = jax.ShapeDtypeStruct((matrices, rank, channels), jnp.float32)
-    of_norms = jax.ShapeDtypeStruct((matrices, 1, channels), jnp.float32)
-    new_mu, new_nu, *squares = pl.pallas_call(
+    return Program(
         functools.partial(_kernel, depth=depth, dim_is_last=dim_is_last),
         grid=(matrices, pl.cdiv(channels, width), dim // depth),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((None, rank, dim), lambda b, j, k: (b, 0, 0)),
-            block,
-            moments,
-            moments,
-        ],
-        out_specs=[moments, moments, norms, norms, norms],
-        out_shape=[of_moments, of_moments, of_norms, of_norms, of_norms],
-        input_output_aliases={3: 0, 4: 1},
-        scratch_shapes=[pltpu.VMEM((rank, width), jnp.float32)],
-        cost_estimate=cost_of(matrices, rank, dim, channels, G.dtype.itemsize),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
-        ),
-        interpret=interpret,
-    )(
-        decays(b1, b2, eps),
-        P.reshape(matrices, rank, dim),
-        G.reshape(matrices, *G.shape[-2:]),
-        mu.reshape(of_moments.shape),
-        nu.reshape(of_moments.shape),
+        decays=pl.BlockSpec(memory_space=pltpu.SMEM),
+        P=pl.BlockSpec((None, rank, dim), lambda b, j, k: (b, 0, 0)),
+        G=block,
+        moments=pl.BlockSpec((None, rank, width), lambda b, j, k: (b, 0, j)),
+        norms=pl.BlockSpec((None, 1, width), lambda b, j, k: (b, 0, j)),
+        options={
+            "scratch_shapes": [pltpu.VMEM((rank, width), jnp.float32)],
+            "compiler_params": pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=_VMEM_BYTES,
+            ),
+        },
     )
-    per_channel = (x.reshape(*batch_shape, channels) for x in squares)
-    return Projected(new_mu.reshape(mu.shape), new_nu.reshape(nu.shape), *per_channel)
 
 
 def _kernel(

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from apollo_optax import _kernels_gpu, _kernels_tpu
+from apollo_optax import _kernels, _kernels_gpu, _kernels_tpu
 from apollo_optax._arguments import (
     require_callable,
     require_number,
     require_one_of,
     require_positive_integer,
 )
-from apollo_optax._kernels import Projected
 from apollo_optax._keys import key_data, require_key, wrap_like
 from apollo_optax._matrices import (
     MatrixAxes,
@@ -50,7 +49,7 @@ from apollo_optax._projection import (
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
 
-_KERNELS = {"tpu": _kernels_tpu, "cuda": _kernels_gpu}
+_KERNELS_OF = {"tpu": _kernels_tpu, "cuda": _kernels_gpu}
 
 # Where the published update adds 1e-8 to a norm.
 _NORM_EPS = 1e-8
@@ -325,9 +324,11 @@ def _project(
         return mu, nu, scaling, sum_of_squares_per_channel(G, axes)
 
     def fused(
-        project: Callable[..., Projected], P: Array, G: Array, mu: Array, nu: Array
+        program: Callable[..., Any], P: Array, G: Array, mu: Array, nu: Array
     ) -> tuple[Array, Array, Array, Array]:
-        found = project(P, G, mu, nu, axes, b1=settings.b1, b2=settings.b2, eps=settings.eps)
+        found = _kernels.project(
+            program, P, G, mu, nu, axes, b1=settings.b1, b2=settings.b2, eps=settings.eps
+        )
         direction, projection = found.squared_direction, found.squared_projection
         if settings.granularity == "tensor":
             direction, projection = (jnp.sum(x, axis=rank_axis) for x in (direction, projection))
@@ -338,8 +339,8 @@ def _project(
     suits = settings.use_pallas and not callable(settings.granularity)
     if suits and not compiler_divides_arrays():
         kernels = {
-            platform: functools.partial(fused, module.project)
-            for platform, module in _KERNELS.items()
+            platform: functools.partial(fused, module.program)
+            for platform, module in _KERNELS_OF.items()
             if module.fits(G, state.mu, *P.shape[-2:], axes)
         }
     args = P, G, state.mu, state.nu

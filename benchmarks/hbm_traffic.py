@@ -190,26 +190,25 @@ def _moved(each: _Instruction, shapes: dict[str, str], count: Callable[[str], in
     return _in_hbm(each.shape) + sum(_in_hbm(shapes.get(name, "")) for name in operands)
 
 
-def compiled_update(name: str, dtype: str, target: str) -> tuple[jax.stages.Compiled, int]:
-    """The update of the matrices compiled for a target, and the number of their parameters."""
-    optimizer, stacked = OPTIMIZERS[name](), () if name == _GALORE else (LAYERS,)
-    shape = MODELS["7b"]
-    hidden, intermediate = shape.hidden_size, shape.intermediate_size
-    attention, up, down = (hidden, hidden), (hidden, intermediate), (intermediate, hidden)
-    matrices = {"q": attention, "k": attention, "v": attention, "o": attention}
-    matrices |= {"gate": up, "up": up, "down": down}
-    mesh = planning.mesh_for(target, {"data": 1})
+def compile_step(
+    optimizer: optax.GradientTransformation, params: Any, target: str
+) -> jax.stages.Compiled:
+    """The update and its addition to the weights, in place, compiled for one chip.
+
+    Args:
+      optimizer: Its gradients are like the parameters.
+      params: Their shapes.
+      target: A name of `planning.parse_target`, of one device.
+    """
+    platform = planning.parse_target(target).platform
+    sharding = None
+    if platform:
+        sharding = NamedSharding(planning.mesh_for(target, {"data": 1}), PartitionSpec())
 
     def placed(tree: Any) -> Any:
-        sharding = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
         )
-
-    params = {
-        matrix: jax.ShapeDtypeStruct((*stacked, *sizes), dtype)
-        for matrix, sizes in matrices.items()
-    }
 
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(grads, state, params)
@@ -218,18 +217,30 @@ def compiled_update(name: str, dtype: str, target: str) -> tuple[jax.stages.Comp
     step = jax.jit(update, donate_argnums=(0, 1))
     state = jax.eval_shape(optimizer.init, params)
     traced = step.trace(placed(params), placed(state), placed(params))
-    platform = planning.parse_target(target).platform
-    assert platform is not None
     # Nothing can be timed on a GPU that is not there.
     options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else {}
-    compiled = traced.lower(lowering_platforms=(platform,)).compile(options)
-    return compiled, sum(math.prod(leaf.shape) for leaf in params.values())
+    return traced.lower(lowering_platforms=(platform,) if platform else None).compile(options)
+
+
+def _matrices(name: str, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Those of LLaMA-7B's layers that an optimizer is given."""
+    shape = MODELS["7b"]
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    matrices = dict.fromkeys("qkvo", (hidden, hidden))
+    matrices |= {"gate": (hidden, intermediate), "up": (hidden, intermediate)}
+    matrices["down"] = (intermediate, hidden)
+    stacked = () if name == _GALORE else (LAYERS,)
+    return {
+        matrix: jax.ShapeDtypeStruct((*stacked, *sizes), dtype)
+        for matrix, sizes in matrices.items()
+    }
 
 
 def measure(name: str, dtype: str, target: str) -> Row:
     """Words of HBM for each parameter, by this module's count and, on a TPU, by the compiler's."""
-    compiled, parameters = compiled_update(name, dtype, target)
-    word = parameters * jnp.dtype(dtype).itemsize
+    params = _matrices(name, dtype)
+    compiled = compile_step(OPTIMIZERS[name](), params, target)
+    word = sum(math.prod(leaf.shape) for leaf in params.values()) * jnp.dtype(dtype).itemsize
     row = {
         "optimizer": name,
         "dtype": dtype,

@@ -2,15 +2,13 @@
 
 import math
 import re
-from typing import Any
 
 import jax
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, planning, scale_by_apollo
-from benchmarks.hbm_traffic import hbm_bytes
+from benchmarks.hbm_traffic import compile_step, hbm_bytes
 
 LAST_TWO = ApolloDimensionNumbers(-2, -1)
 CHIPS = [pytest.param(chip, marks=pytest.mark.planning) for chip in ("tpu-v5e", "a100-80gb")]
@@ -20,27 +18,9 @@ _COPY = re.compile(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy|copy-start)\(")
 def compiled_update(
     target: str, optimizer: optax.GradientTransformation, shape: tuple[int, ...]
 ) -> str:
-    """A step with float32 matrices, its gradients given and all else in place, as text."""
-    target_of = planning.parse_target(target)
-    sharding = None
-    if target_of.platform:
-        mesh = planning.mesh_for(target_of, {"data": 1})
-        sharding = NamedSharding(mesh, PartitionSpec())
-
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = {"w": placed(jax.ShapeDtypeStruct(shape, "float32"))}
-    state = jax.tree.map(placed, jax.eval_shape(optimizer.init, params))
-    platforms = (target_of.platform,) if target_of.platform else None
-    traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, params)
-    # Nothing can be timed on a GPU that is not there.
-    on_gpu = {"xla_gpu_autotune_level": 0} if target_of.platform == "cuda" else None
-    return traced.lower(lowering_platforms=platforms).compile(on_gpu).as_text() or ""
+    """A step of one leaf in float32, as text."""
+    params = {"w": jax.ShapeDtypeStruct(shape, "float32")}
+    return compile_step(optimizer, params, target).as_text() or ""
 
 
 @pytest.mark.parametrize("target", ["cpu", *CHIPS])
