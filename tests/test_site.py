@@ -130,3 +130,16 @@ def test_figures_of_the_update_in_the_text_are_those_of_the_results() -> None:
     assert (
         f"In bfloat16 plain code moves {1 - plain / adamw:.0%} less than AdamW at r = 256" in page
     )
+
+
+def test_figures_of_the_micro_batch_in_the_text_are_those_of_the_results() -> None:
+    rows = json.loads((RESULTS / "largest_micro_batch.json").read_text(encoding="utf-8"))["rows"]
+    cell = ("adamw", "standard", "f32", 256)
+    (row,) = (
+        row
+        for row in rows
+        if (row["optimizer"], row["update"], row["moments"], row["sequence"]) == cell
+    )
+    peak, capacity = (f"{row[key] / 2**30:.2f}" for key in ("peak_bytes", "capacity_bytes"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"AdamW's ordinary step needs {peak} of the {capacity} GiB" in readme
