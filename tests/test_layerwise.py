@@ -129,11 +129,10 @@ def test_a_policy_keeps_activations_and_never_weights():
         params = llama_params()
         closed = jax.make_jaxpr(step)(params, optax.sgd(0.1).init(params), tokens(0))
         forward = next(eqn for eqn in closed.eqns if eqn.primitive.name == "scan")
-        stacked = forward.outvars[forward.params["num_carry"] :]
-        shapes = [v.aval.shape for v in stacked]
+        stacked: list[Any] = [v.aval for v in forward.outvars[forward.params["num_carry"] :]]
         layers = {(leaf.shape[0], 1, *leaf.shape[1:]) for leaf in jax.tree.leaves(params["blocks"])}
-        assert not layers & set(shapes)
-        return sum(v.aval.size * v.aval.dtype.itemsize for v in stacked)
+        assert not layers & {aval.shape for aval in stacked}
+        return sum(aval.size * aval.dtype.itemsize for aval in stacked)
 
     policies = jax.checkpoint_policies
     block_inputs = CONFIG.num_layers * 4 * 8 * CONFIG.hidden_size * 4

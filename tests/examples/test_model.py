@@ -156,7 +156,8 @@ def test_the_scan_runs_the_layers_in_order(params, tokens, logits):
 def test_embed_and_logits_need_no_blocks(params, tokens):
     rest = {name: leaves for name, leaves in params.items() if name != "blocks"}
     x = model.embed(TINY, rest, tokens, jnp.bfloat16)
-    assert (x.shape, x.dtype) == ((2, 7, 16), jnp.bfloat16)
+    assert x.shape == (2, 7, 16)
+    assert x.dtype == jnp.bfloat16
     assert model.logits(TINY, rest, x).shape == (2, 7, 31)
 
 
@@ -262,7 +263,8 @@ def test_rematerialisation_keeps_less_and_changes_no_gradient(params, tokens, gr
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
     losses = model.cross_entropy(jnp.zeros((2, 3, 10), jnp.bfloat16), jnp.zeros((2, 3), jnp.int32))
-    assert (losses.shape, losses.dtype) == ((2, 3), jnp.float32)
+    assert losses.shape == (2, 3)
+    assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, np.log(10), rtol=1e-6)
 
 
