@@ -3,13 +3,13 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from apollo_optax._paths import Path, stable_hash
 from apollo_optax._words import random_words
@@ -162,20 +162,32 @@ def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*bat
     return jnp.swapaxes(left[..., :rank], -1, -2).astype(jnp.float32)
 
 
-def draw_for_each_matrix(
-    draw: Projection,
+class Draw(NamedTuple):
+    """Projections of some leaves, drawn together.
+
+    Attributes:
+      paths: The leaves.
+      draw: Returns each one's `(*batch, rank, dim)`; draws once the arrays it is given are there.
+    """
+
+    paths: tuple[Path, ...]
+    draw: Callable[[PyTree], dict[Path, Array]]
+
+
+def draws_of(
+    projection: Projection,
     key: PRNGKeyArray,
     refresh: Int[Array, ""],
     shapes: Mapping[Path, tuple[int, ...]],
     first: Int[ArrayLike, ""],
-) -> dict[Path, Float[Array, "*batch rank dim"]]:
-    """Draws the projections of every leaf, each matrix with a key of its leaf and batch index.
+) -> list[Draw]:
+    """How to draw the projections of all leaves, each matrix with a key of its leaf and index.
 
     Compiling a generator takes longer than all else of a leaf, so all keys are made at once, and
     small projections of one size are drawn together.
 
     Args:
-      draw: The projection.
+      projection: The projection.
       key: Of all leaves.
       refresh: Number of refreshes so far.
       shapes: Of the result, `(*batch, rank, dim)`.
@@ -183,18 +195,32 @@ def draw_for_each_matrix(
     """
     in_order = dict(sorted(shapes.items(), key=lambda item: item[1]))
     keys = _keys_of_matrices(key, in_order, first)
-    projections: dict[Path, Array] = {}
+    draws: list[Draw] = []
     end = 0
     for shape, of_shape in itertools.groupby(in_order, key=in_order.__getitem__):
-        (*batch, rank, dim), paths = shape, list(of_shape)
+        (*batch, rank, dim), paths = shape, tuple(of_shape)
         together = 1 if batch else max(1, _TOGETHER_BYTES // (4 * rank * dim))
-        draw_each = jax.vmap(lambda key, rank=rank, dim=dim: draw(key, refresh, rank, dim))
         for first_of_some in range(0, len(paths), together):
             some = paths[first_of_some : first_of_some + together]
             start, end = end, end + math.prod(batch) * len(some)
-            drawn = draw_each(keys[start:end]).reshape(len(some), *shape)
-            projections |= dict(zip(some, drawn, strict=True))
-    return projections
+            draw = functools.partial(_draw, projection, keys[start:end], refresh, shape, some)
+            draws.append(Draw(some, draw))
+    return draws
+
+
+def _draw(
+    projection: Projection,
+    keys: PRNGKeyArray,
+    refresh: Int[Array, ""],
+    shape: tuple[int, ...],
+    paths: tuple[Path, ...],
+    after: PyTree,
+) -> dict[Path, Float[Array, "*batch rank dim"]]:
+    refresh, _ = jax.lax.optimization_barrier((refresh, jax.lax.stop_gradient(after)))
+    drawn = jax.vmap(lambda key: projection(key, refresh, *shape[-2:]))(keys)
+    P = dict(zip(paths, drawn.reshape(len(paths), *shape), strict=True))
+    # Drawn once, not again for each tile of the product.
+    return jax.lax.optimization_barrier(P)
 
 
 def _keys_of_matrices(

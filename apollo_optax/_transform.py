@@ -38,9 +38,10 @@ from apollo_optax._placement import (
     placement_of,
 )
 from apollo_optax._projection import (
+    Draw,
     Projection,
     check_projection,
-    draw_for_each_matrix,
+    draws_of,
     gaussian,
     svd,
 )
@@ -234,37 +235,33 @@ class _Clock(NamedTuple):
     first: ArrayLike
 
 
-def _projections(
+def _draws(
     grads: dict[Path, Array],
     axes: dict[Path, MatrixAxes],
     kept: dict[Path, Array],
     clock: _Clock,
     settings: _Settings,
-) -> dict[Path, Float[Array, "*batch rank dim"]]:
-    """P of each matrix of each leaf at this step: redrawn, or the one kept by `svd`."""
+) -> list[Draw]:
+    """P of each matrix of each leaf at this step: to be redrawn, or the one kept by `svd`."""
     shapes = {
         path: projection_shape(G.shape, axes[path], settings.rank) for path, G in grads.items()
     }
-    if settings.draw is svd:
-        return {
-            path: jax.lax.cond(
-                clock.count % settings.update_proj_gap == 0,
-                lambda G, _, path=path: svd(matrices_of(G, axes[path]), shapes[path][-2]),
-                lambda _, P: P,
-                G,
-                kept[path],
-            )
-            for path, G in grads.items()
-        }
-    P = draw_for_each_matrix(
-        settings.draw,
-        wrap_like(clock.key, settings.key),
-        clock.count // settings.update_proj_gap,
-        shapes,
-        clock.first,
-    )
-    # Drawn once, not again for each tile of the product.
-    return jax.lax.optimization_barrier(P)
+    if settings.draw is not svd:
+        key, refresh = wrap_like(clock.key, settings.key), clock.count // settings.update_proj_gap
+        return draws_of(settings.draw, key, refresh, shapes, clock.first)
+
+    def decompose(path: Path, after: PyTree) -> dict[Path, Array]:
+        del after  # P is there already, but once in `update_proj_gap` steps
+        P = jax.lax.cond(
+            clock.count % settings.update_proj_gap == 0,
+            lambda G, _: svd(matrices_of(G, axes[path]), shapes[path][-2]),
+            lambda _, P: P,
+            grads[path],
+            kept[path],
+        )
+        return {path: P}
+
+    return [Draw((path,), functools.partial(decompose, path)) for path in grads]
 
 
 def _update_moments(
@@ -383,7 +380,7 @@ def _update_leaves(
     ) -> tuple[dict[Path, Array], dict[Path, _LeafState]]:
         known, count = settings._replace(**injected), optax.safe_increment(clock.count)
         matrices = {path: matrix for path, matrix in axes.items() if matrix is not None}
-        P = _projections(
+        draws = _draws(
             {path: grads[path] for path in matrices},
             matrices,
             {path: leaf.projection for path, leaf in leaves.items()},
@@ -391,14 +388,19 @@ def _update_leaves(
             known,
         )
         updates, updated = {}, {}
-        for path, G in grads.items():
+        used: list[PyTree] = []
+        for paths, draw in draws:
+            # Left to itself a compiler draws them all first, and has all of them in memory.
+            P = draw(used[-2:-1])
+            for path in paths:
+                updates[path], leaf = _update_matrix(
+                    grads[path], P[path], matrices[path], leaves[path], known, count
+                )
+                updated[path] = leaf._replace(projection=P[path] if known.draw is svd else None)
+            used.append([updated[path].nu for path in paths])
+        for path, g in grads.items():
             if path not in matrices:
-                updates[path], updated[path] = _update_adam(G, leaves[path], known, count)
-                continue
-            updates[path], leaf = _update_matrix(
-                G, P[path], matrices[path], leaves[path], known, count
-            )
-            updated[path] = leaf._replace(projection=P[path] if known.draw is svd else None)
+                updates[path], updated[path] = _update_adam(g, leaves[path], known, count)
         return updates, updated
 
     injected = {

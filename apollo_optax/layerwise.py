@@ -260,13 +260,29 @@ def _gradients_read(
     closed = jax.make_jaxpr(lambda g, s, p: jax.tree.leaves(tx.update(g, s, p)[0]))(
         params, state, params
     )
+    jaxpr = _without_barriers(closed.jaxpr)
     reads = []
     for index, path in enumerate(paths):
-        _, used = partial_eval.dce_jaxpr(closed.jaxpr, [i == index for i in range(len(paths))])
+        _, used = partial_eval.dce_jaxpr(jaxpr, [i == index for i in range(len(paths))])
         reads.append(
             (path, [other for other, is_used in zip(paths, used, strict=False) if is_used])
         )
     return reads
+
+
+def _without_barriers(jaxpr: Any) -> Any:
+    """Takes optimization barriers apart, which order what does not depend on each other."""
+    equations = []
+    for each in jaxpr.eqns:
+        if each.primitive is jax.lax.optimization_barrier_p:
+            pairs = zip(each.invars, each.outvars, strict=True)
+            equations += [each.replace(invars=[x], outvars=[y]) for x, y in pairs]
+        elif hasattr(inner := each.params.get("jaxpr"), "jaxpr"):
+            inner = inner.replace(jaxpr=_without_barriers(inner.jaxpr))
+            equations.append(each.replace(params={**each.params, "jaxpr": inner}))
+        else:
+            equations.append(each)
+    return jaxpr.replace(eqns=equations)
 
 
 def _check_layers_of_state(tx: optax.GradientTransformation, params: Params) -> None:

@@ -72,3 +72,15 @@ def test_a_kernel_counts_as_what_it_moves_in_the_compilers_own_sum():
 
     read = 4 * math.prod(params["w"].shape)
     assert 2 * read < moved(use_pallas=True) < moved(use_pallas=False) - 0.9 * read
+
+
+@pytest.mark.planning
+@pytest.mark.parametrize("target", ["tpu-v5e", "a100-80gb"])
+def test_few_projections_are_in_memory_at_a_time(target):
+    rank, shape, leaves = 256, (4096, 4096), 32
+    params = {f"layer_{i}": jax.ShapeDtypeStruct(shape, "float32") for i in range(leaves)}
+    tx = scale_by_apollo(rank)
+    state = jax.eval_shape(tx.init, params)
+    plan = planning.compile_for(target, tx.update, params, state, donate_argnums=(0, 1))
+    assert plan.temporary_bytes is not None
+    assert plan.temporary_bytes < 0.6 * leaves * 4 * rank * shape[0]

@@ -393,6 +393,16 @@ def test_what_cannot_run_layer_by_layer_is_refused(tx, match):
         layerwise.init(tx, llama_params())
 
 
+def compiled(tx):
+    return optax.GradientTransformation(tx.init, jax.jit(tx.update))
+
+
+def test_the_order_of_draws_is_not_taken_for_a_dependence():
+    layerwise.check_per_leaf(compiled(apollo_optax.apollo(0.01, 4, **SPECS)), llama_params())
+    with pytest.raises(ValueError, match="depends on the gradient of"):
+        layerwise.check_per_leaf(compiled(optax.clip_by_global_norm(1.0)), llama_params())
+
+
 @pytest.mark.parametrize(
     ("params", "match"),
     [
