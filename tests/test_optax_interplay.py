@@ -279,3 +279,22 @@ def test_donated_state_and_parameters_are_updated_in_place():
     memory: Any = compiled.memory_analysis()
     donated = sum(leaf.nbytes for leaf in jax.tree.leaves((params, tx.init(params))))
     assert memory.alias_size_in_bytes == donated
+
+
+def test_two_steps_can_be_differentiated_for_the_learning_rate():
+    params = {f"w{i}": jax.random.normal(jax.random.key(i), (8 * i + 8, 16)) for i in range(4)}
+
+    def loss(params):
+        return sum(jnp.sum(jnp.tanh(leaf) ** 2) for leaf in params.values())
+
+    @jax.jit
+    def loss_after(learning_rate):
+        tx, trained = apollo(learning_rate, 4), params
+        state = tx.init(trained)
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+            trained = optax.apply_updates(trained, updates)
+        return loss(trained)
+
+    differences = (loss_after(0.06) - loss_after(0.04)) / 0.02
+    np.testing.assert_allclose(jax.grad(loss_after)(0.05), differences, rtol=1e-2)
