@@ -28,6 +28,7 @@ def apollo(
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     use_pallas: bool = False,
+    sequential: bool = False,
     weight_decay: ArrayLike = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,6 +56,8 @@ def apollo(
         transformers.
       use_pallas: Read gradients once less by a Pallas kernel, on one TPU (`rank` of 8 and more) or
         GPU; see `scale_by_apollo`.
+      sequential: Update stacked leaves one after another: less memory where layers are scanned; see
+        `scale_by_apollo`.
       weight_decay: Decoupled weight decay, multiplied by the learning rate.
       mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
         returns one.
@@ -96,6 +99,7 @@ def apollo(
             mu_dtype=mu_dtype,
             weight_dimension_numbers=weight_dimension_numbers,
             use_pallas=use_pallas,
+            sequential=sequential,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -116,6 +120,7 @@ def apollo_mini(
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     use_pallas: bool = False,
+    sequential: bool = False,
     weight_decay: ArrayLike = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -146,6 +151,7 @@ def apollo_mini(
         mu_dtype=mu_dtype,
         weight_dimension_numbers=weight_dimension_numbers,
         use_pallas=use_pallas,
+        sequential=sequential,
         weight_decay=weight_decay,
         mask=mask,
     )

@@ -166,12 +166,12 @@ class Draw(NamedTuple):
     """Projections of some leaves, drawn together.
 
     Attributes:
-      paths: The leaves.
       draw: Returns each one's `(*batch, rank, dim)`; draws once the arrays it is given are there.
+      is_of_a_stack: Whether they are of a leaf of several matrices.
     """
 
-    paths: tuple[Path, ...]
     draw: Callable[[PyTree], dict[Path, Array]]
+    is_of_a_stack: bool
 
 
 def draws_of(
@@ -204,7 +204,7 @@ def draws_of(
             some = paths[first_of_some : first_of_some + together]
             start, end = end, end + math.prod(batch) * len(some)
             draw = functools.partial(_draw, projection, keys[start:end], refresh, shape, some)
-            draws.append(Draw(some, draw))
+            draws.append(Draw(draw, math.prod(batch) > 1))
     return draws
 
 
@@ -218,9 +218,7 @@ def _draw(
 ) -> dict[Path, Float[Array, "*batch rank dim"]]:
     refresh, _ = jax.lax.optimization_barrier((refresh, jax.lax.stop_gradient(after)))
     drawn = jax.vmap(lambda key: projection(key, refresh, *shape[-2:]))(keys)
-    P = dict(zip(paths, drawn.reshape(len(paths), *shape), strict=True))
-    # Drawn once, not again for each tile of the product.
-    return jax.lax.optimization_barrier(P)
+    return dict(zip(paths, drawn.reshape(len(paths), *shape), strict=True))
 
 
 def _keys_of_matrices(

@@ -1,6 +1,7 @@
 """The APOLLO update as an Optax gradient transformation, and its norm-growth limiter alone."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -114,6 +115,7 @@ class _Settings(NamedTuple):
     key: Any
     mu_dtype: Any
     use_pallas: bool
+    sequential: bool
 
 
 def _check_settings(settings: _Settings) -> None:
@@ -133,8 +135,9 @@ def _check_settings(settings: _Settings) -> None:
     signature = "(key, refresh, rank, dim) -> float32 (rank, dim)"
     require_callable("projection", settings.draw, signature)
     require_key("key", settings.key)
-    if not isinstance(settings.use_pallas, bool):
-        raise TypeError(f"use_pallas must be True or False, got {settings.use_pallas!r}.")
+    for name in ("use_pallas", "sequential"):
+        if not isinstance(value := getattr(settings, name), bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}.")
     if settings.mu_dtype is not None and not jnp.issubdtype(settings.mu_dtype, jnp.floating):
         raise TypeError(f"mu_dtype must be None or a floating dtype, got {settings.mu_dtype!r}.")
 
@@ -251,7 +254,7 @@ def _draws(
         return draws_of(settings.draw, key, refresh, shapes, clock.first)
 
     def decompose(path: Path, after: PyTree) -> dict[Path, Array]:
-        del after  # P is there already, but once in `update_proj_gap` steps
+        del after  # P is there already, but for one in `update_proj_gap` steps
         P = jax.lax.cond(
             clock.count % settings.update_proj_gap == 0,
             lambda G, _: svd(matrices_of(G, axes[path]), shapes[path][-2]),
@@ -261,7 +264,10 @@ def _draws(
         )
         return {path: P}
 
-    return [Draw((path,), functools.partial(decompose, path)) for path in grads]
+    return [
+        Draw(functools.partial(decompose, path), math.prod(shape[:-2]) > 1)
+        for path, shape in shapes.items()
+    ]
 
 
 def _update_moments(
@@ -388,16 +394,23 @@ def _update_leaves(
             known,
         )
         updates, updated = {}, {}
-        used: list[PyTree] = []
-        for paths, draw in draws:
-            # Left to itself a compiler draws them all first, and has all of them in memory.
-            P = draw(used[-2:-1])
-            for path in paths:
+
+        def update_matrices(P: dict[Path, Array]) -> PyTree:
+            # Drawn once, not again for each tile of the product.
+            P = P if known.draw is svd else jax.lax.optimization_barrier(P)
+            for path, of_leaf in P.items():
                 updates[path], leaf = _update_matrix(
-                    grads[path], P[path], matrices[path], leaves[path], known, count
+                    grads[path], of_leaf, matrices[path], leaves[path], known, count
                 )
-                updated[path] = leaf._replace(projection=P[path] if known.draw is svd else None)
-            used.append([updated[path].nu for path in paths])
+                updated[path] = leaf._replace(projection=of_leaf if known.draw is svd else None)
+            return [updated[path].nu for path in P]
+
+        in_turn = [each for each in draws if known.sequential and each.is_of_a_stack]
+        at_once = [each.draw([]) for each in draws if each not in in_turn]
+        update_matrices({path: P for drawn in at_once for path, P in drawn.items()})
+        used: list[PyTree] = []
+        for each in in_turn:
+            used.append(update_matrices(each.draw(used[-2:-1])))
         for path, g in grads.items():
             if path not in matrices:
                 updates[path], updated[path] = _update_adam(g, leaves[path], known, count)
@@ -446,6 +459,7 @@ def scale_by_apollo(
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     use_pallas: bool = False,
+    sequential: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by APOLLO's structured learning rates.
 
@@ -497,6 +511,11 @@ def scale_by_apollo(
         `jax.shard_map` with `check_vma=False`: XLA cannot divide a kernel over a mesh. With
         `jax.set_mesh` the plain code is taken; where only the arguments of `jax.jit` tell of a
         mesh, leave it False, or a GPU gathers whole gradients (a TPU refuses).
+      sequential: Update leaves that stack several matrices one after another. The gradients of
+        layers that are scanned come all at once; in turn, fewer projections are in memory at a
+        time, and a compiler frees more (`benchmarks/smallest_slice.py` tells how much). Leave it
+        False where leaves that stack matrices come one by one, as the experts of layers that are
+        not scanned: their gradients would wait for each other.
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra
@@ -537,6 +556,7 @@ def scale_by_apollo(
         key,
         mu_dtype,
         use_pallas,
+        sequential,
     )
     _check_settings(settings)
 

@@ -274,6 +274,7 @@ NUMBERS = {
     "layers": DENSE,
     "heads": ApolloDimensionNumbers(-3, (-2, -1)),
     "experts": DENSE,
+    "more": DENSE,
     "bias": None,
 }
 SHAPES = {
@@ -281,6 +282,7 @@ SHAPES = {
     "layers": (3, 32, 16),
     "heads": (16, 8, 4),
     "experts": (8, 16, 24),
+    "more": (3, 16, 8),
     "bias": (32,),
 }
 MESHES: dict[str, tuple[dict[str, int], dict[str, tuple[Any, ...]]]] = {
@@ -293,12 +295,12 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, tuple[Any, ...]]]] = {
     "fsdp_columns": (
         {"data": 8},
         {"dense": (None, "data"), "layers": (None, None, "data"), "heads": (None, "data"),
-         "experts": (None, None, "data")},
+         "experts": (None, None, "data"), "more": (None, None, "data")},
     ),
     "tensor_parallel": (
         {"tensor": 8},
         {"dense": (None, "tensor"), "layers": (None, "tensor"), "heads": (None, "tensor"),
-         "experts": ("tensor",), "bias": ("tensor",)},
+         "experts": ("tensor",), "more": (None, "tensor"), "bias": ("tensor",)},
     ),
     "two_axes": (
         {"data": 4, "tensor": 2},
@@ -329,6 +331,7 @@ def loss(params, batch):
 def transformations():
     return {
         "apollo": apollo(0.02, 4, 7, weight_dimension_numbers=NUMBERS, weight_decay=0.01),
+        "sequential": apollo(0.02, 4, 7, weight_dimension_numbers=NUMBERS, sequential=True),
         "apollo_mini": apollo_mini(0.01, 7, 1.0, weight_dimension_numbers=NUMBERS),
     }
 

@@ -222,6 +222,27 @@ def test_slices_of_a_stacked_leaf_are_updated_as_the_whole_leaf():
         np.testing.assert_allclose(update[0], whole[layer], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("projection", [apollo_optax.gaussian, svd], ids=["gaussian", "svd"])
+def test_stacked_leaves_updated_in_turn_are_updated_as_at_once(projection):
+    def grads(seed):
+        stacked = {f"w{i}": normal(3, 6 + i % 2, 9, seed=9 * seed + i) for i in range(5)}
+        return stacked | {"plain": normal(6, 9, seed=9 * seed + 5), "bias": normal(9, seed=seed)}
+
+    def trained(*, sequential):
+        numbers = {name: None if name == "bias" else STACKED for name in grads(0)}
+        tx = scale_by_apollo(
+            4, 2, projection=projection, weight_dimension_numbers=numbers, sequential=sequential
+        )
+        return run(tx, [grads(seed) for seed in range(5)])
+
+    chex.assert_trees_all_close(trained(sequential=True), trained(sequential=False), rtol=1e-5)
+
+
+def test_sequential_is_true_or_false():
+    with pytest.raises(TypeError, match="sequential must be True or False, got 1"):
+        scale_by_apollo(sequential=1)  # type: ignore[arg-type]
+
+
 def test_svd_takes_bfloat16_gradients_of_stacked_leaves():
     grads = [normal(3, 6, 9, dtype=jnp.bfloat16, seed=seed) for seed in range(2)]
     tx = scale_by_apollo(2, projection=svd, weight_dimension_numbers=STACKED)
