@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import (
     cpu_memory_cap,
     data_parallel_13b,
+    fine_tuning,
     hbm_traffic,
     kill_and_resume,
     largest_micro_batch,
@@ -39,6 +40,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "convergence_step_time": convergence_step_time.table,
     "cpu_memory_cap": cpu_memory_cap.table,
     "data_parallel_13b": data_parallel_13b.table,
+    "fine_tuning": fine_tuning.table,
     "hbm_traffic": hbm_traffic.table,
     "kill_and_resume": kill_and_resume.table,
     "largest_micro_batch": largest_micro_batch.table,
