@@ -216,7 +216,8 @@ def _draw(
     paths: tuple[Path, ...],
     after: PyTree,
 ) -> dict[Path, Float[Array, "*batch rank dim"]]:
-    refresh, _ = jax.lax.optimization_barrier((refresh, jax.lax.stop_gradient(after)))
+    if after:
+        refresh, _ = jax.lax.optimization_barrier((refresh, jax.lax.stop_gradient(after)))
     drawn = jax.vmap(lambda key: projection(key, refresh, *shape[-2:]))(keys)
     return dict(zip(paths, drawn.reshape(len(paths), *shape), strict=True))
 

@@ -405,12 +405,16 @@ def _update_leaves(
                 updated[path] = leaf._replace(projection=of_leaf if known.draw is svd else None)
             return [updated[path].nu for path in P]
 
-        in_turn = [each for each in draws if known.sequential and each.is_of_a_stack]
-        at_once = [each.draw([]) for each in draws if each not in in_turn]
-        update_matrices({path: P for drawn in at_once for path, P in drawn.items()})
+        at_once: dict[Path, Array] = {}
+        for each in draws:
+            if not (known.sequential and each.is_of_a_stack):
+                at_once |= each.draw(())
+        update_matrices(at_once)
         used: list[PyTree] = []
-        for each in in_turn:
-            used.append(update_matrices(each.draw(used[-2:-1])))
+        for each in draws:
+            if known.sequential and each.is_of_a_stack:
+                # After the last but one, so that a draw need not wait for collectives of the last.
+                used.append(update_matrices(each.draw(used[-2:-1])))
         for path, g in grads.items():
             if path not in matrices:
                 updates[path], updated[path] = _update_adam(g, leaves[path], known, count)
