@@ -56,8 +56,8 @@ def apollo(
         transformers.
       use_pallas: Read gradients once less by a Pallas kernel, on one TPU (`rank` of 8 and more) or
         GPU; see `scale_by_apollo`.
-      sequential: Update stacked leaves one after another: less memory where layers are scanned; see
-        `scale_by_apollo`.
+      sequential: Update stacked leaves one after another, to have fewer projections in memory where
+        layers are scanned; see `scale_by_apollo`.
       weight_decay: Decoupled weight decay, multiplied by the learning rate.
       mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
         returns one.

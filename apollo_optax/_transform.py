@@ -515,11 +515,12 @@ def scale_by_apollo(
         `jax.shard_map` with `check_vma=False`: XLA cannot divide a kernel over a mesh. With
         `jax.set_mesh` the plain code is taken; where only the arguments of `jax.jit` tell of a
         mesh, leave it False, or a GPU gathers whole gradients (a TPU refuses).
-      sequential: Update leaves that stack several matrices one after another. The gradients of
-        layers that are scanned come all at once; in turn, fewer projections are in memory at a
-        time, and a compiler frees more (`benchmarks/smallest_slice.py` tells how much). Leave it
-        False where leaves that stack matrices come one by one, as the experts of layers that are
-        not scanned: their gradients would wait for each other.
+      sequential: Update leaves that stack several matrices one after another, so that fewer
+        projections are in memory at a time. For layers that are scanned, whose gradients come all
+        at once; a whole training step is packed by the compiler in its own way and mostly, but not
+        always, needs less: plan both (`apollo_optax.planning`). Leave it False where such leaves
+        come one by one, as the experts of layers that are not scanned: their gradients would wait
+        for each other.
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra

@@ -200,7 +200,6 @@ def _apollo_arguments(settings: OptimizerSettings) -> dict[str, Any]:
         "weight_dimension_numbers": _matrices(settings, apollo_optax.ApolloDimensionNumbers),
         "weight_decay": settings.weight_decay,
         "mask": decayed_leaves,
-        "sequential": True,  # the layers are scanned
     }
 
 
