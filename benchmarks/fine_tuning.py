@@ -5,7 +5,7 @@
 Pre-trains `nano` on Python's standard library with `examples.llama.pretrain`, saves it in Hugging
 Face's format, and fine-tunes that checkpoint on C++, the headers that pyarrow brings: every method
 at swept learning rates, then with two more seeds at its best. LoRA is qwix's. Adds a row a run to
-`results/fine_tuning.json`; a run that has its row is not run again. An hour on two cores.
+`results/fine_tuning.json`; a run that has its row is not run again. Ninety minutes on two cores.
 """
 
 import argparse

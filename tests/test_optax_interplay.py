@@ -281,16 +281,19 @@ def test_donated_state_and_parameters_are_updated_in_place():
     assert memory.alias_size_in_bytes == donated
 
 
-def test_two_steps_can_be_differentiated_for_the_learning_rate():
-    params = {f"w{i}": jax.random.normal(jax.random.key(i), (8 * i + 8, 16)) for i in range(4)}
+@pytest.mark.parametrize("sequential", [False, True])
+def test_two_steps_can_be_differentiated_for_the_learning_rate(sequential):
+    shapes = {f"w{i}": (2, 8 * i + 8, 16) for i in range(4)}
+    params = {n: jax.random.normal(jax.random.key(i), shapes[n]) for i, n in enumerate(shapes)}
+    stacked = apollo_optax.ApolloDimensionNumbers(-2, -1)
 
     def loss(params):
         return sum(jnp.sum(jnp.tanh(leaf) ** 2) for leaf in params.values())
 
     @jax.jit
     def loss_after(learning_rate):
-        tx, trained = apollo(learning_rate, 4), params
-        state = tx.init(trained)
+        tx = apollo(learning_rate, 4, weight_dimension_numbers=stacked, sequential=sequential)
+        trained, state = params, tx.init(params)
         for _ in range(2):
             updates, state = tx.update(jax.grad(loss)(trained), state, trained)
             trained = optax.apply_updates(trained, updates)
