@@ -2,9 +2,12 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # For what runs on meshes; everything else is on the first.
 jax.config.update("jax_num_cpu_devices", 8)
+# The programs of the tests are small: they take longer to compile than to run.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
@@ -14,9 +17,25 @@ def no_rank_promotion():
         yield
 
 
-@pytest.fixture(scope="module")
-def compile_quickly() -> Iterator[None]:
-    """For tests of small programs, which take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps compiled programs for the tests to come, a cache a worker: JAX's has no lock."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Optimizes where a test is marked so, and takes nothing from the cache, which keeps less."""
+    optimized = request.node.get_closest_marker("optimized") is not None
+    if optimized:
+        set_optimizations(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    if optimized:
+        set_optimizations(False)
+
+
+def set_optimizations(on: bool) -> None:
+    jax.config.update("jax_disable_most_optimizations", not on)
+    jax.config.update("jax_enable_compilation_cache", not on)
+    compilation_cache.reset_cache()

@@ -10,6 +10,8 @@ import pytest
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, planning, scale_by_apollo
 from benchmarks.hbm_traffic import compile_step, hbm_bytes
 
+pytestmark = pytest.mark.optimized
+
 LAST_TWO = ApolloDimensionNumbers(-2, -1)
 CHIPS = [pytest.param(chip, marks=pytest.mark.planning) for chip in ("tpu-v5e", "a100-80gb")]
 _COPY = re.compile(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy|copy-start)\(")

@@ -303,12 +303,14 @@ def assert_peak_is_one_blocks(target, name, **options):
     assert ordinary.temporary_bytes > block_bytes
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["apollo_mini", "sgd"])
 def test_peak_has_no_second_copy_of_the_weights_and_no_gradient_of_many_blocks(name):
     assert_peak_is_one_blocks("cpu", name)
 
 
 @pytest.mark.planning
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["apollo", "apollo_mini", "adamw"])
 @pytest.mark.parametrize("target", ["a100-80gb", "tpu-v5e"])
 def test_peak_on_chips_has_no_second_copy_of_the_weights_and_no_gradient_of_many_blocks(
@@ -326,6 +328,7 @@ SHARDS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("shard", SHARDS)
 def test_gradients_of_a_block_are_reduced_before_the_next_ones_exist(shard):
     tx = OPTIMIZERS["apollo_mini"]()

@@ -21,6 +21,7 @@ def test_there_are_notebooks():
     assert {path.stem for path in NOTEBOOKS} == {"quickstart", "why_it_works", "memory", "research"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)

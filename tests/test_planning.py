@@ -17,6 +17,8 @@ from apollo_optax import _targets, apollo_mini, planning
 from apollo_optax._collectives import read_traffic
 from apollo_optax.planning import GPUS, TPUS, mesh_for, needed_bytes, parse_target
 
+pytestmark = pytest.mark.optimized
+
 GIB = 2**30
 FLOAT32 = 4
 

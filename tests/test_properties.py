@@ -1,6 +1,6 @@
 """Properties of the update for any leaf, dtype and gradient, searched by hypothesis.
 
-The same search runs for a few cases with all tests, for 2,000 before a release.
+The same search runs for 8 cases by default, for 40 with `slow` and for 2,000 with `release`.
 """
 
 import math
@@ -17,8 +17,6 @@ import pytest
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers, limit_norm_growth, scale_by_apollo
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 LIMIT = 1.01
 B1, B2 = 0.9, 0.999
@@ -222,7 +220,12 @@ def searched(check: Callable[[Case], None], cases: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    "cases", [40, pytest.param(2000, marks=pytest.mark.release)], ids=["few", "2000"]
+    "cases",
+    [
+        8,
+        pytest.param(40, marks=pytest.mark.slow),
+        pytest.param(2000, marks=pytest.mark.release),
+    ],
 )
 @pytest.mark.parametrize("check", [check_update, check_limiter])
 def test_for_any_leaf(check: Callable[[Case], None], cases: int) -> None:

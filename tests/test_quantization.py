@@ -455,6 +455,7 @@ def test_qarrays_of_qwix_are_read_and_its_int8_is_trained():
     assert float(difference.mean()) == pytest.approx(1e-3, rel=0.05)
 
 
+@pytest.mark.optimized
 def test_no_float_copy_of_the_weights_is_made():
     params = {str(i): {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)} for i in range(8)}
     updates = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)

@@ -508,6 +508,7 @@ each_shape = pytest.mark.parametrize("shape", COMPILED_SHAPES.values(), ids=COMP
 each_spec = pytest.mark.parametrize("spec", COMPILED_SPECS.values(), ids=COMPILED_SPECS)
 
 
+@pytest.mark.optimized
 @both_ranks
 @each_shape
 @each_spec
@@ -516,6 +517,7 @@ def test_no_gradient_is_gathered(shape, spec, rank):
 
 
 @pytest.mark.planning
+@pytest.mark.optimized
 @pytest.mark.parametrize("target", ["a100-80gb:8", "tpu-v5e:2x4"])
 @both_ranks
 @each_shape

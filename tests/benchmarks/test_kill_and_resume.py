@@ -21,6 +21,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*program, *sizes.split(), *lengths.split()]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_start_in_a_step_and_in_a_save_ends_as_if_never_killed(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -265,6 +265,7 @@ def test_vmap_over_seeds_and_learning_rates():
     assert np.any(updates[0] != updates[1])
 
 
+@pytest.mark.optimized
 def test_donated_state_and_parameters_are_updated_in_place():
     tx = apollo_mini(0.01)
 

@@ -19,8 +19,6 @@ from examples.llama.metrics import read_metrics
 from examples.llama.pretrain import main
 from tests.examples.tiny_pretrain import TINY, squares
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 GOOD = np.full((2, 3), 0.5, np.float32)
 
 

@@ -14,8 +14,6 @@ from examples.llama.options import PretrainConfig
 from examples.llama.pretrain import prepare, train_all
 from tests.examples.tiny_pretrain import TINY, losses, squares
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 KINDS = {
     "f32": ["--optimizer", "apollo", "--rank", "4", "--update-proj-gap", "2"],
     "bf16": ["--optimizer", "apollo", "--rank", "4", "--weights", "bf16", "--compute", "f32"],
@@ -55,7 +53,7 @@ def train(flags: list[str], mesh: str | None, *, until: int) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "f32",
+        pytest.param("f32", marks=pytest.mark.slow),
         pytest.param("int8-layerwise", marks=pytest.mark.release),
         pytest.param("bf16", marks=pytest.mark.release),
         pytest.param("f32-layerwise", marks=pytest.mark.release),

@@ -9,8 +9,6 @@ from examples.llama import model
 from examples.llama.config import LlamaConfig
 from examples.llama.generate import generate
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PROMPT = np.array([3, 1, 4, 1, 5])
 CONFIG = LlamaConfig(32, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2)
 forward = partial(model.forward, CONFIG)

@@ -17,8 +17,6 @@ from examples.llama.optimizers import (
     unstack_blocks,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def settings(name: Any, **overrides: Any) -> OptimizerSettings:
     arguments = {"learning_rate": 0.05, "total_steps": 20, "rank": 2} | overrides

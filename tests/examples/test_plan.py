@@ -10,6 +10,8 @@ from examples.llama import model
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.plan import main
 
+pytestmark = pytest.mark.optimized
+
 SMALL = ["--model", "nano", "--device", "cpu", "--batch", "2", "--sequence", "16"]
 
 

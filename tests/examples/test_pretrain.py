@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from apollo_optax import quantization
 from examples.llama.config import MODELS
@@ -25,16 +24,6 @@ from examples.llama.pretrain import main
 from tests.examples.tiny_pretrain import TINY, squares
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(compile_quickly: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

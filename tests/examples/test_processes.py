@@ -91,7 +91,7 @@ def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
 @pytest.mark.parametrize(
     ("number", "mesh"),
     [
-        (2, "data=2,fsdp=2"),
+        pytest.param(2, "data=2,fsdp=2", marks=pytest.mark.slow),
         pytest.param(2, "tensor=2,fsdp=2", marks=pytest.mark.release),
         pytest.param(4, "data=2,fsdp=4", marks=pytest.mark.release),
     ],
@@ -124,7 +124,10 @@ def test_several_processes_train_as_one_and_go_on_as_one(
 ENDLESS = ["--steps", "100000", "--mesh", "data=2,fsdp=2", "--log-every", "1"]
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.release), 1])
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param(0, marks=pytest.mark.release), pytest.param(1, marks=pytest.mark.slow)],
+)
 def test_when_one_is_killed_the_other_ends_and_says_so(
     killed: int, launch: Launch, tmp_path: Path
 ) -> None:
@@ -137,6 +140,7 @@ def test_when_one_is_killed_the_other_ends_and_says_so(
     assert "may have ended" in output or "another task died" in output
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_in_all_and_a_damaged_checkpoint_is_skipped_by_all(
     launch: Launch, tmp_path: Path
 ) -> None:

@@ -10,8 +10,6 @@ import pytest
 from examples.llama import model, train
 from examples.llama.config import LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32)
 
 
