@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, planning, scale_by_apollo
-from benchmarks.hbm_traffic import compile_step, hbm_bytes
+from apollo_optax._hbm import compile_step, hbm_bytes
 
 pytestmark = pytest.mark.optimized
 

@@ -22,3 +22,10 @@ def test_block_runs_and_learns(block):
     if losses := namespace.get("losses"):
         assert isinstance(losses, list)
         assert losses[-1] < 0.5 * losses[0]
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    blocks = re.findall(r"^```bash\n(.*?)\n```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    commands = blocks[1].split(" && ")
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line in commands] == commands

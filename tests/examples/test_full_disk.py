@@ -34,7 +34,10 @@ def _mounts() -> None:
         pytest.skip("this machine lets no user mount a file system of their own")
 
 
-@pytest.mark.parametrize("left", [pytest.param(16384, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.release)])
+@pytest.mark.parametrize(
+    "left",
+    [pytest.param(16384, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.release)],
+)
 def test_a_full_file_system_stops_the_run_and_loses_nothing(left: int, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(squares())
     disk, results = tmp_path / "disk", tmp_path / "results"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.hbm_traffic import hbm_bytes
+from apollo_optax._hbm import hbm_bytes
 
 # An array of 1 KiB is read twice, once ahead into the chip's memory, S(1), and a loop of 5 trips
 # writes one of 512 bytes each time.
