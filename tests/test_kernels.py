@@ -14,6 +14,7 @@ from apollo_optax import (
     _kernels,
     _kernels_gpu,
     _kernels_tpu,
+    _transform,
     scale_by_apollo,
 )
 from apollo_optax._matrices import (
@@ -104,15 +105,14 @@ def test_its_cost_is_every_block_once():
     assert cost.flops == 2 * (2 * 8 * 256 * 512 + 2 * 256 * 512)
 
 
-def pretend_to_be_on(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels run as on the chip, but interpreted."""
+PLATFORMS = {"tpu": _kernels_tpu, "cuda": _kernels_gpu}
+
+
+def take_here(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chip's kernels are this machine's too, interpreted."""
     interpreted = functools.partial(_kernels.project, interpret=True)
     monkeypatch.setattr(_kernels, "project", interpreted)
-    monkeypatch.setattr(
-        jax.lax,
-        "platform_dependent",
-        lambda *args, **of: of[platform if platform in of else "cpu"](*args),
-    )
+    monkeypatch.setattr(_transform, "_KERNELS_OF", {"cpu": kernels})
 
 
 def has_kernel(function: Any, *args: Any) -> bool:
@@ -121,7 +121,7 @@ def has_kernel(function: Any, *args: Any) -> bool:
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("shape", [(128, 304), (2, 304, 128)])
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_training_with_it_is_training_without(platform, granularity, shape, monkeypatch):
     grads = [{"w": jax.random.normal(jax.random.key(n), shape)} for n in range(4)]
 
@@ -135,11 +135,23 @@ def test_training_with_it_is_training_without(platform, granularity, shape, monk
         return updates, state
 
     expected = train(use_pallas=False)
-    pretend_to_be_on(platform, monkeypatch)
+    take_here(PLATFORMS[platform], monkeypatch)
     for found, wanted in zip(
         jax.tree.leaves(train(use_pallas=True)), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton"), ("cpu", None)]
+)
+def test_each_platform_gets_its_own_kernel_and_a_cpu_none(platform, call):
+    params = {"w": jax.ShapeDtypeStruct((128, 256), jnp.float32)}
+    tx = scale_by_apollo(rank=16, use_pallas=True)
+    traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    calls = {name for name in ("tpu_custom_call", "triton") if name in text}
+    assert calls == ({call} if call else set())
 
 
 def test_elsewhere_nothing_changes():
@@ -153,7 +165,7 @@ def test_elsewhere_nothing_changes():
 
 
 def test_a_kernel_is_not_put_where_the_compiler_would_have_to_divide_it(monkeypatch):
-    pretend_to_be_on("cuda", monkeypatch)
+    take_here(_kernels_gpu, monkeypatch)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     params = {"w": jnp.ones((128, 256))}
     tx = scale_by_apollo(rank=16, use_pallas=True)

@@ -188,7 +188,7 @@ def test_rule_chooses_leaves_axes_and_sizes():
         ({"a": jnp.ones((4, 4), int)}, {"axes": 0}, TypeError, "a, which has dtype int32"),
         ({"a": jnp.ones(4)}, {"axes": -2}, ValueError, r"a along axis -2, .* \(4,\)"),
         ({"a": jnp.ones((0, 4))}, {"axes": 0}, ValueError, "leaves empty"),
-        ({"a": jnp.ones((4, 4))}, {"axes": {"b": 0}}, ValueError, "."),
+        ({"a": jnp.ones((4, 4))}, {"axes": {"b": 0}}, ValueError, r"metadata\s+\('b',\)"),
         ({"a": jnp.ones((4, 4))}, {"axes": "in"}, TypeError, "axis 'in'"),
         ({}, {"group_size": 0}, ValueError, "group_size must be an int >= 1, got 0"),
         ({}, {"group_size": 12.5}, TypeError, "group_size must be an int >= 1"),
@@ -433,7 +433,7 @@ def test_another_rounding_or_structure_is_refused():
     params = {"w": quantize(jnp.ones((4, 2)))}
     with pytest.raises(ValueError, match="rounding must be one of"):
         apply_updates(params, params, jax.random.key(0), rounding="up")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"expected keys: \['w'\]; present keys: \['v'\]"):
         apply_updates(params, {"v": jnp.ones((4, 2))}, jax.random.key(0))
 
 

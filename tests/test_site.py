@@ -68,6 +68,11 @@ def test_every_notebook_is_a_page(site: Path) -> None:
         assert (site / "_notebooks" / f"{notebook.stem}.html").is_file()
 
 
+def words_of(page: Path) -> str:
+    """Its text with single spaces, wherever its lines break."""
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
 def rows_of(page: str, first_cell: str) -> list[list[str]]:
     lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
     return [
@@ -122,11 +127,11 @@ def test_figures_of_the_update_in_the_text_are_those_of_the_results() -> None:
     traffic = json.loads((RESULTS / "hbm_traffic.json").read_text(encoding="utf-8"))["rows"]
     words = {(row["optimizer"], row["dtype"], row["target"]): row["hbm_words"] for row in traffic}
     mini, adamw = (words[name, "float32", "tpu-v5e"] for name in ("APOLLO-Mini", "AdamW"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = words_of(ROOT / "README.md")
     assert f"APOLLO-Mini takes {over_adamw:.2f} of `optax.adamw`'s time" in readme
-    assert f"moves {mini:.1f} words of memory a parameter\n  where AdamW moves {adamw:g};" in readme
+    assert f"moves {mini:.1f} words of memory a parameter where AdamW moves {adamw:g};" in readme
     plain, adamw = (words[name, "bfloat16", "tpu-v5e"] for name in ("APOLLO, r = 256", "AdamW"))
-    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    page = words_of(DOCS / "benchmarks.md")
     assert (
         f"In bfloat16 plain code moves {1 - plain / adamw:.0%} less than AdamW at r = 256" in page
     )
@@ -141,5 +146,5 @@ def test_figures_of_the_micro_batch_in_the_text_are_those_of_the_results() -> No
         if (row["optimizer"], row["update"], row["moments"], row["sequence"]) == cell
     )
     peak, capacity = (f"{row[key] / 2**30:.2f}" for key in ("peak_bytes", "capacity_bytes"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = words_of(ROOT / "README.md")
     assert f"AdamW's ordinary step needs {peak} of the {capacity} GiB" in readme

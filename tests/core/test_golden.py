@@ -92,25 +92,26 @@ def decay_order_tolerance(recorded: Trajectory) -> float:
     return 1.1 * config["lr"] * config["weight_decay"] * float(relative_update.sum())
 
 
-@pytest.mark.parametrize("path", TRAJECTORIES, ids=lambda path: path.stem)
-def test_replays_the_published_weights(path):
-    recorded = load(path)
-    weights, _ = replay(recorded, optimizer(recorded))
-    tolerance = 1e-5 + decay_order_tolerance(recorded)
-    assert relative_error(weights, recorded.params).max() < tolerance
+class Replay(NamedTuple):
+    recorded: Trajectory
+    weights: np.ndarray
+    norms: np.ndarray
 
 
-@pytest.mark.parametrize("path", TRAJECTORIES, ids=lambda path: path.stem)
-def test_replays_the_published_norms(path):
-    recorded = load(path)
-    _, norms = replay(recorded, optimizer(recorded))
-    np.testing.assert_allclose(norms, recorded.norms, rtol=1e-5)
+@pytest.fixture(scope="module", params=TRAJECTORIES, ids=lambda path: path.stem)
+def replayed(request: pytest.FixtureRequest) -> Replay:
+    recorded = load(request.param)
+    return Replay(recorded, *replay(recorded, optimizer(recorded)))
 
 
-@pytest.mark.parametrize("path", TRAJECTORIES, ids=lambda path: path.stem)
-def test_bfloat16_follows_float32_within_its_precision(path):
-    recorded = load(path)
-    weights, _ = replay(recorded, optimizer(recorded))
+def test_replays_the_published_weights_and_norms(replayed):
+    tolerance = 1e-5 + decay_order_tolerance(replayed.recorded)
+    assert relative_error(replayed.weights, replayed.recorded.params).max() < tolerance
+    np.testing.assert_allclose(replayed.norms, replayed.recorded.norms, rtol=1e-5)
+
+
+def test_bfloat16_follows_float32_within_its_precision(replayed):
+    recorded, weights, _ = replayed
     coarse, _ = replay(recorded, optimizer(recorded), jnp.bfloat16)
     epsilon = float(jnp.finfo(jnp.bfloat16).eps)
     steps = np.arange(1, len(weights) + 1)
@@ -118,9 +119,7 @@ def test_bfloat16_follows_float32_within_its_precision(path):
     assert (relative_error(coarse, weights) < epsilon / 2 * (1 + np.sqrt(steps))).all()
 
 
-@pytest.mark.parametrize("path", TRAJECTORIES, ids=lambda path: path.stem)
-def test_the_recorded_spike_makes_the_limiter_act(path):
-    recorded = load(path)
-    limited, _ = replay(recorded, optimizer(recorded))
+def test_the_recorded_spike_makes_the_limiter_act(replayed):
+    recorded, limited, _ = replayed
     unlimited, _ = replay(recorded, optimizer(recorded, norm_growth_limit=None))
     assert relative_error(unlimited, limited).max() > 1e-3

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +12,10 @@ import pytest
 import apollo_optax
 from apollo_optax import apollo, apollo_mini, scale_by_apollo
 
-OPTIMIZERS = [
-    lambda **kwargs: apollo(0.01, 4, **kwargs),
-    lambda **kwargs: apollo_mini(0.01, **kwargs),
-]
-both = pytest.mark.parametrize("make", OPTIMIZERS, ids=["apollo", "apollo_mini"])
+
+def make(**kwargs):
+    """`apollo_mini` is this at rank 1, so what holds in wrappers for one holds for both."""
+    return apollo(0.01, 4, **kwargs)
 
 
 def make_params():
@@ -77,15 +77,13 @@ def test_negative_weight_decay_is_refused():
         apollo(0.01, weight_decay=-1)
 
 
-@both
-def test_chains_with_clipping(make):
+def test_chains_with_clipping():
     tx = optax.chain(optax.clip_by_global_norm(1.0), make(weight_decay=0.1))
     params, _ = train(tx)
     assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(params))
 
 
-@both
-def test_is_a_transformation_with_extra_args(make):
+def test_is_a_transformation_with_extra_args():
     tx = make()
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     params = make_params()
@@ -115,8 +113,7 @@ def test_injecting_the_rank_is_refused_with_the_remedy():
         tx.init(make_params())
 
 
-@both
-def test_multi_steps_accumulates(make):
+def test_multi_steps_accumulates():
     multi = optax.MultiSteps(make(), every_k_schedule=2)
     params, state = make_params(), multi.init(make_params())
     for step in (0, 1):
@@ -128,8 +125,7 @@ def test_multi_steps_accumulates(make):
     assert_trees_close(params, optax.apply_updates(make_params(), updates))
 
 
-@both
-def test_masked_leaves_pass_by(make):
+def test_masked_leaves_pass_by():
     tx = optax.masked(make(), {"w": True, "b": False})
     params = make_params()
     updates, _ = tx.update(make_grads(0), tx.init(params), params)
@@ -139,8 +135,7 @@ def test_masked_leaves_pass_by(make):
     )
 
 
-@both
-def test_partition_gives_each_label_its_optimizer(make):
+def test_partition_gives_each_label_its_optimizer():
     tx = optax.partition({"matrix": make(), "rest": optax.sgd(0.1)}, {"w": "matrix", "b": "rest"})
     trained, _ = train(tx)
     alone, _ = train(make())
@@ -149,8 +144,7 @@ def test_partition_gives_each_label_its_optimizer(make):
     np.testing.assert_allclose(trained["b"], expected, rtol=1e-5, atol=1e-6)
 
 
-@both
-def test_apply_if_finite_skips_bad_steps_and_keeps_the_state(make):
+def test_apply_if_finite_skips_bad_steps_and_keeps_the_state():
     tx = optax.apply_if_finite(make(), max_consecutive_errors=3)
     params, state = train(tx)
     bad = {"w": jnp.full((6, 9), jnp.nan), "b": jnp.zeros(9)}
@@ -159,8 +153,7 @@ def test_apply_if_finite_skips_bad_steps_and_keeps_the_state(make):
     assert_trees_equal(after.inner_state, state.inner_state)
 
 
-@both
-def test_tree_map_params_reaches_moments_and_norms_only(make):
+def test_tree_map_params_reaches_moments_and_norms_only():
     tx = make()
     _, state = train(tx)
     doubled = optax.tree_map_params(
@@ -187,8 +180,7 @@ def test_tree_map_params_on_the_limiter():
     assert jax.tree.leaves(optax.tree_map_params(tx, lambda leaf: leaf + 1, state)) == [1, 1]
 
 
-@both
-def test_tree_get_and_set(make):
+def test_tree_get_and_set():
     _, state = train(make())
     assert int(optax.tree.get(state, "count")) == 4
     assert optax.tree.get(state, "mu")["w"].ndim == 2
@@ -196,26 +188,23 @@ def test_tree_get_and_set(make):
     assert int(reset[0].count) == 0
 
 
-@both
-def test_state_is_plain_arrays_in_plain_dictionaries(make):
+def test_state_is_plain_arrays_in_plain_dictionaries():
     _, state = train(make())
     for leaf in jax.tree.leaves(state):
         assert isinstance(leaf, jax.Array)
         assert not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
-@both
-def test_init_from_shapes_gives_the_state_of_arrays(make):
+def test_init_from_shapes_gives_the_state_of_arrays():
     tx = make()
     abstract = jax.eval_shape(make_params)
     for state in (tx.init(abstract), jax.jit(tx.init)(make_params())):
         assert_trees_equal(state, tx.init(make_params()))
     shapes = jax.eval_shape(tx.init, abstract)
-    jax.tree.map(lambda s, x: (s.shape, s.dtype) == (x.shape, x.dtype), shapes, tx.init(abstract))
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(abstract))
 
 
-@both
-def test_jit_and_scan_give_what_single_steps_give_without_recompiling(make):
+def test_jit_and_scan_give_what_single_steps_give_without_recompiling():
     tx = make(update_proj_gap=2, weight_decay=0.1)
     params, state = train(tx, steps=6)
 
@@ -241,8 +230,7 @@ def test_jit_and_scan_give_what_single_steps_give_without_recompiling(make):
     assert_trees_close(scanned, (params, state))
 
 
-@both
-def test_vmap_over_a_population(make):
+def test_vmap_over_a_population():
     tx = make()
     population = jax.vmap(lambda seed: jax.tree.map(lambda p: p * seed, make_grads(0)))(
         jnp.arange(1.0, 4.0)

@@ -1,11 +1,12 @@
-"""`pretrain` on a file system that fills up after a checkpoint, then with room again.
+"""`pretrain` without room to write after a checkpoint, then with room again.
 
     python -m tests.examples.full_disk FILLER LEFT [options of pretrain]
 
-FILLER is the file that takes all of the file system's room but LEFT bytes. Prints what `pretrain`
-returned each time.
+FILLER is the file that takes all of the file system's room but LEFT bytes; "none" instead lets no
+file grow beyond LEFT bytes. Prints what `pretrain` returned each time.
 """
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,13 +27,22 @@ def fill(filler: Path, left: int) -> None:
             file.write(bytes(min(free - left, 1 << 16)))
 
 
-def fill_after_a_checkpoint(filler: Path, left: int) -> None:
+def limit_files(size: int) -> None:
+    """Lets no file grow beyond a size: writing fails, with EFBIG, as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
+def run_out_after_a_checkpoint(filler: Path | None, left: int) -> None:
     """Takes the room once a checkpoint is there, though it was free when it was asked for."""
     usage, save = shutil.disk_usage, run.save
 
     def save_and_fill(*args: Any) -> None:
         filling.stop()
         save(*args)
+        if filler is None:
+            limit_files(left)
+            return
         fill(filler, left)
         mock.patch.object(shutil, "disk_usage", return_value=usage("/")).start()
 
@@ -42,10 +52,14 @@ def fill_after_a_checkpoint(filler: Path, left: int) -> None:
 
 if __name__ == "__main__":
     MODELS["nano"] = TINY
-    filler, left, *options = sys.argv[1:]
-    fill_after_a_checkpoint(Path(filler), int(left))
+    name, left, *options = sys.argv[1:]
+    filler = None if name == "none" else Path(name)
+    run_out_after_a_checkpoint(filler, int(left))
     print("filling up:", main(options))
-    Path(filler).unlink()
+    if filler is None:
+        limit_files(resource.RLIM_INFINITY)
+    else:
+        filler.unlink()
     # In another process, as a user would: this one's threads may still fail, and Python 3.11 then
     # fails to parse source.
     again = [sys.executable, "-m", "tests.examples.tiny_pretrain", *options, "--resume"]

@@ -26,12 +26,49 @@ def on_a_small_disk(disk: Path, results: Path, command: list[str]) -> subprocess
     )
 
 
-@pytest.fixture(autouse=True)
-def _mounts() -> None:
+def require_mounts() -> None:
     probe = "mount -t tmpfs none /tmp"
     unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c", probe]
     if not shutil.which("unshare") or subprocess.run(unshare, capture_output=True).returncode:
-        pytest.skip("this machine lets no user mount a file system of their own")
+        pytest.skip("this machine lets no user mount a file system; only a file's size is limited")
+
+
+def options(folder: Path) -> list[str]:
+    text = folder / "text.txt"
+    text.write_text(squares())
+    sizes = ["--sequence", "16", "--batch", "4", "--sample-length", "0", "--optimizer", "sgd"]
+    lengths = ["--steps", "6", "--evaluate-every", "3", "--evaluation-batches", "1"]
+    return ["--data", str(text), *sizes, *lengths, "--checkpoint-every", "2"]
+
+
+def assert_lost_nothing(
+    ended: subprocess.CompletedProcess, reason: str, run: Path, folder: Path
+) -> None:
+    """The run stopped at its second checkpoint and went on from its first, to its end."""
+    assert "filling up: 1" in ended.stdout, ended.stderr
+    assert "with room: 0" in ended.stdout, ended.stderr
+    errors = ended.stderr.splitlines()  # Orbax's threads may tell of it too, at any time
+    (error,) = (line for line in errors if "checkpoint of step 4" in line and "--resume" in line)
+    assert f"{reason}; that of step 2 is whole" in error, ended.stderr
+    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+    program = [sys.executable, "-m", "tests.examples.tiny_pretrain"]
+    whole = folder / "whole"
+    subprocess.run([*program, *options(folder), "--output", str(whole)], check=True)
+    assert losses(run) == losses(whole)
+
+
+PROGRAM = [sys.executable, "-m", "tests.examples.full_disk"]
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow_stop_the_run_and_lose_nothing(tmp_path: Path) -> None:
+    """Any user can limit files: more than the metrics take, less than the weights."""
+    run = tmp_path / "run"
+    command = [*PROGRAM, "none", "16384", *options(tmp_path), "--output", str(run)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_lost_nothing(ended, "File too large", run, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -39,21 +76,8 @@ def _mounts() -> None:
     [pytest.param(16384, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.release)],
 )
 def test_a_full_file_system_stops_the_run_and_loses_nothing(left: int, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(squares())
+    require_mounts()
     disk, results = tmp_path / "disk", tmp_path / "results"
-    options = ["--data", str(tmp_path / "text.txt"), "--sequence", "16", "--batch", "4"]
-    options += ["--steps", "6", "--evaluate-every", "3", "--evaluation-batches", "1"]
-    options += ["--checkpoint-every", "2", "--sample-length", "0", "--optimizer", "sgd"]
-    program = [sys.executable, "-m", "tests.examples.full_disk", str(disk / "filler"), str(left)]
-    ended = on_a_small_disk(disk, results, [*program, *options, "--output", str(disk / "run")])
-    assert "filling up: 1" in ended.stdout, ended.stderr
-    assert "with room: 0" in ended.stdout, ended.stderr
-    errors = ended.stderr.splitlines()  # Orbax's threads may tell of it too, at any time
-    (error,) = (line for line in errors if "checkpoint of step 4" in line and "--resume" in line)
-    assert "No space left on device; that of step 2 is whole" in error, ended.stderr
-    steps = [line["step"] for line in read_metrics(results / "run") if "loss" in line]
-    assert steps == [1, 2, 3, 4, 5, 6]
-
-    program = [sys.executable, "-m", "tests.examples.tiny_pretrain"]
-    subprocess.run([*program, *options, "--output", str(tmp_path / "run")], check=True)
-    assert losses(results / "run") == losses(tmp_path / "run")
+    command = [*PROGRAM, str(disk / "filler"), str(left), *options(tmp_path)]
+    ended = on_a_small_disk(disk, results, [*command, "--output", str(disk / "run")])
+    assert_lost_nothing(ended, "No space left on device", results / "run", tmp_path)
