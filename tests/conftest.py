@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# For what runs on meshes; everything else is on the first.
+# For what runs on meshes; everything else is on the first. Eight cost a worker half a second.
 jax.config.update("jax_num_cpu_devices", 8)
 # The programs of the tests are small: they take longer to compile than to run.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -54,7 +54,7 @@ def tokens(step):
     return (first + jnp.arange(9)[None, :]) % CONFIG.vocab_size
 
 
-BATCHES = [tokens(step) for step in range(20)]
+BATCHES = [tokens(step) for step in range(8)]
 
 
 def ordinary_step(model, tx):
@@ -174,7 +174,7 @@ MIXTURE = layerwise.LayerwiseModel(
     ),
     has_aux=True,
 )
-EXPERT_BATCHES = [jax.random.normal(jax.random.key(step), (16, 8)) for step in range(20)]
+EXPERT_BATCHES = [jax.random.normal(jax.random.key(step), (16, 8)) for step in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_sharded_over_devices_it_trains_as_on_one(shard, name):
 
     params = llama_params()
     rows = jax.device_put(
-        [jnp.concatenate([tokens(step), tokens(step + 100)]) for step in range(20)],
+        [jnp.concatenate([tokens(step), tokens(step + 100)]) for step in range(8)],
         NamedSharding(mesh, P("data")),
     )
     step = jax.jit(layerwise.make_step(LLAMA, tx))

@@ -227,6 +227,7 @@ def test_a_finished_run_can_be_exported_later(
     assert json.loads((folder / "result.json").read_text()) == result
 
 
+@pytest.mark.parametrize("finished", ["apollo"], indirect=True)
 def test_ctrl_c_saves_and_the_printed_command_goes_on_as_if_uninterrupted(
     finished: tuple[Path, list[str]], command: Command, tmp_path: Path
 ) -> None:
