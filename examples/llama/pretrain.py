@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import platform
 import shlex
 import signal
 import sys
@@ -301,8 +300,6 @@ def _report(
         "compute": settings.compute,
         "seed": settings.seed,
         "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
     }
     write_results(plan.folder, results, about)
     curves = {str(run.settings.optimizer.name): read_metrics(run.folder) for run in plan.runs}

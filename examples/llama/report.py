@@ -37,6 +37,7 @@ class RunResult:
       step_milliseconds: Median time of a step; None if none was taken.
       skipped_steps: How many of the steps were skipped, as `health` decides.
       sample: Text the trained model wrote, after its prompt; "" for none.
+      machine: The machine and the versions that the run ended on.
     """
 
     optimizer: str
@@ -50,6 +51,7 @@ class RunResult:
     step_milliseconds: float | None
     skipped_steps: int = 0
     sample: str = ""
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:

@@ -35,6 +35,7 @@ from examples.llama.generate import generate
 from examples.llama.health import CAUSES, Outcome
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
+from examples.llama.machine import machine
 from examples.llama.mesh import batch_sharding, devices_dividing_batch, param_shardings
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
 from examples.llama.optimizers import FLOAT32_MOMENTS, learning_rate_schedule, make_optimizer
@@ -521,6 +522,7 @@ def _result(run: Run, taken: _Taken, text: Text, options: OutputOptions) -> RunR
         step_milliseconds=_step_milliseconds(run, taken.step_seconds),
         skipped_steps=int(train.health_of(state).skipped),
         sample=_sample(settings, state.params, text, options),
+        machine=machine(),
     )
     if writes_files():
         write_text(run.folder / _RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")

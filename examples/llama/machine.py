@@ -1,0 +1,27 @@
+"""The machine and the versions that a figure is from."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+__all__ = ["machine"]
+
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "libtpu", "jax-cuda13-pjrt")
+
+
+def machine() -> dict[str, Any]:
+    """Describes this machine and the versions on it, as far as they bear on a figure."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
