@@ -70,8 +70,19 @@ def read_traffic(hlo: str) -> Traffic:
     A device's payload of a collective is the larger of what it hands in and what it receives: the
     gathered array of an all-gather, the unreduced one of a reduce-scatter. A loop whose trips
     cannot be told counts once. Of the branches of a conditional all count.
+
+    Args:
+      hlo: Text of a compiled program, as `jax.stages.Compiled.as_text` gives it.
+
+    Raises:
+      ValueError: If the text has no entry computation, as that of a program not yet compiled.
     """
-    computations, entry = _parse(hlo)
+    computations, entry = _parse(hlo or "")
+    if not entry:
+        raise ValueError(
+            f"hlo begins {str(hlo)[:40]!r} and has no entry computation; expected the text of a "
+            "compiled program, jax.jit(f).lower(...).compile().as_text()"
+        )
     counts: Counter[str] = Counter()
     payloads: Counter[str] = Counter()
     loops: list[int | None] = []

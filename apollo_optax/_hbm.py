@@ -70,9 +70,14 @@ def hbm_bytes(hlo: str) -> int:
       hlo: Text of a module that is compiled for a TPU or a GPU.
 
     Raises:
-      ValueError: Of a loop whose trips the text does not tell.
+      ValueError: Of a loop whose trips the text does not tell, or a text without an entry.
     """
     computations, entry = _computations(hlo)
+    if not entry:
+        raise ValueError(
+            f"hlo begins {hlo[:40]!r} and has no entry computation; expected the text of a "
+            "compiled program, jax.jit(f).lower(...).compile().as_text()"
+        )
 
     def count(name: str) -> int:
         shapes = {each.name: each.shape for each in computations[name]}

@@ -87,8 +87,9 @@ class Plan:
       loops: Trips of each loop, None for a loop whose trips the program does not tell.
       refusal: The compiler's words if it refused the program.
 
-    What is None the compiler does not tell: `flops` and `hbm_bytes` on GPUs, and everything but the
-    arguments of a program that it refuses.
+    A field is None where the compiler does not report it: `flops` and `hbm_bytes` on GPUs,
+    `collectives` and `loops` where it gives no text of the program, and all but `argument_bytes` of
+    a program that it refuses.
     """
 
     target: str
@@ -199,7 +200,8 @@ def _compiler_options(
 def _plan(target: Target, compiled: jax.stages.Compiled) -> Plan:
     memory: Any = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
-    traffic = read_traffic(compiled.as_text() or "")
+    text = compiled.as_text()
+    traffic = read_traffic(text) if text else None
     peak_bytes = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -216,10 +218,10 @@ def _plan(target: Target, compiled: jax.stages.Compiled) -> Plan:
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        collectives=_collectives(traffic),
+        collectives=traffic and _collectives(traffic),
         flops=cost.get("flops"),
         hbm_bytes=cost.get("bytes accessed"),
-        loops=traffic.loops,
+        loops=traffic and traffic.loops,
     )
 
 

@@ -48,6 +48,12 @@ def test_a_loop_whose_trips_are_unknown_is_refused():
         hbm_bytes(PROGRAM.replace("TRIPS", "metadata={}"))
 
 
+@pytest.mark.parametrize("hlo", ["", PROGRAM.replace("ENTRY ", "")], ids=["empty", "no entry"])
+def test_a_text_without_an_entry_is_refused(hlo: str):
+    with pytest.raises(ValueError, match="has no entry computation; expected the text of a compil"):
+        hbm_bytes(hlo)
+
+
 def test_of_branches_the_cheapest_that_can_be_counted_is():
     branches = """
 %small (s: (f32[256])) -> f32[256] {

@@ -472,6 +472,29 @@ def test_tpu_program_is_read_with_its_loops_fusions_offloads_and_slices():
     }
 
 
+@pytest.mark.parametrize(
+    "stage", ["empty", "no text", "words", "StableHLO", "HLO before the compiler", "no entry"]
+)
+def test_text_without_an_entry_is_refused_with_what_is_expected(stage):
+    lowered = jax.jit(jnp.sin).lower(jnp.ones(4))
+    text: Any = {
+        "empty": "",
+        "no text": None,  # as `jax.stages.Compiled.as_text` says that there is none
+        "words": "all-reduce",
+        "StableHLO": lowered.as_text(),
+        "HLO before the compiler": lowered.as_text("hlo"),
+        "no entry": (HLO / "gpu.hlo").read_text().replace("ENTRY ", ""),
+    }[stage]
+    with pytest.raises(ValueError, match=r"compiled program, .*\.compile\(\)\.as_text\(\)") as info:
+        read_traffic(text)
+    assert f"hlo begins {str(text)[:40]!r} and has no entry" in str(info.value)
+
+
+def test_program_without_collectives_has_none():
+    program = jax.jit(jnp.sin).lower(jnp.ones(4)).compile().as_text()
+    assert read_traffic(program) == ({}, {}, ())
+
+
 def test_loop_that_does_not_tell_its_trips_counts_once():
     program = (HLO / "tpu.hlo").read_text()
     traffic = read_traffic(program.replace("constant(8)", "parameter(1)"))
