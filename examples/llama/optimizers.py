@@ -229,10 +229,14 @@ def _lion(
 def _muon(
     settings: OptimizerSettings, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    return optax.contrib.muon(
-        learning_rate,
-        weight_decay=settings.weight_decay,
-        muon_weight_dimension_numbers=_matrices(settings, optax.contrib.MuonDimensionNumbers),
+    # Muon's own decay has no mask for what Adam trains: embedding and head, but the norms too.
+    return optax.chain(
+        optax.contrib.muon(
+            -1.0,  # uphill, for the learning rate below
+            muon_weight_dimension_numbers=_matrices(settings, optax.contrib.MuonDimensionNumbers),
+        ),
+        optax.add_decayed_weights(settings.weight_decay, decayed_leaves),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
