@@ -56,11 +56,12 @@ class WeightFormat(NamedTuple):
 
     Attributes:
       read: `params -> params` of floating-point arrays, which gradients are taken for.
-      write: `(params, updates, key) -> params`, adding the updates of what `read` returned.
+      write: `(params, updates, key) -> params`, adding the updates of what `read` returned. The key
+        is None where the step was called without one; a format that needs one raises then.
     """
 
     read: Callable[[Params], Params]
-    write: Callable[[Params, PyTree, PRNGKeyArray], Params]
+    write: Callable[[Params, PyTree, PRNGKeyArray | None], Params]
 
 
 EXACT = WeightFormat(lambda params: params, lambda params, u, _: optax.apply_updates(params, u))
@@ -73,6 +74,26 @@ STOCHASTIC = WeightFormat(lambda params: params, apply_updates_stochastic)
 SQUARES_OVERFLOW = 1e15
 """Squares of gradients up to here can be summed over 10^8 elements in float32; from here on moments
 and norms may become infinite, and stay so."""
+
+
+class GuardReport(NamedTuple):
+    """What a guarded step did.
+
+    A part is a layer, what of `rest` only the loss reads, or all else of `rest`.
+
+    Attributes:
+      largest: Largest absolute value of any gradient, NaN or infinite if one is.
+      moved: How many parts were updated.
+      parts: How many parts there are.
+    """
+
+    largest: Float[Array, ""]
+    moved: Int[Array, ""]
+    parts: Int[Array, ""]
+
+
+def _no_part_yet() -> GuardReport:
+    return GuardReport(jnp.zeros([], jnp.float32), *jnp.zeros([2], jnp.int32))
 
 
 class _ParamLike:
@@ -119,29 +140,51 @@ def _join(split: _SplitState, mirrored: list[PyTree]) -> optax.OptState:
 
 
 def _blocks_of(tree: PyTree) -> PyTree:
-    """The blocks' share of a tree that mirrors the parameters; it may have none."""
-    return {k: v for k, v in tree.items() if k == "blocks"} if isinstance(tree, Mapping) else tree
+    return {"blocks": tree["blocks"]}
 
 
-def _rest_of(tree: PyTree, names: set[str] | None) -> PyTree:
-    """The share of the entries of `rest` with these names; None: of all of it."""
-    if not isinstance(tree, Mapping) or "rest" not in tree:
-        return {} if isinstance(tree, Mapping) else tree
+def _rest_of(tree: PyTree, keys: set[Any] | None) -> PyTree:
+    """The entries of `rest` with these keys; None: all of it."""
     rest = tree["rest"]
-    if names is not None and isinstance(rest, Mapping):
-        rest = {name: value for name, value in rest.items() if name in names}
-    return {"rest": rest}
+    return {"rest": rest if keys is None else {key: rest[key] for key in rest if key in keys}}
 
 
-def _merged(parts: list[PyTree]) -> PyTree:
-    """Puts together what `_blocks_of` and `_rest_of` took apart."""
-    if not all(isinstance(part, dict) for part in parts):
-        return parts[-1]
-    merged = {k: part[k] for part in parts for k in part}
-    rests = [part["rest"] for part in parts if "rest" in part]
-    if rests and all(isinstance(rest, dict) for rest in rests):
-        merged["rest"] = {name: value for rest in rests for name, value in rest.items()}
-    return merged
+def _as_part(tree: PyTree, part: PyTree) -> PyTree:
+    """The entries of `tree` that the part has."""
+    return _blocks_of(tree) if "blocks" in part else _rest_of(tree, _keys(part["rest"]))
+
+
+def _keys(rest: PyTree) -> set[Any] | None:
+    """The keys of the entries of `rest` that may be updated apart; None if it is no dictionary."""
+    return set(rest) if type(rest) is dict else None
+
+
+def _padded(part: PyTree, absent: PyTree) -> PyTree:
+    """The part in the tree of all parameters, `optax.MaskedNode` in place of all other leaves.
+
+    That is what `optax.masked` hands over. Masks and labels given as trees fit it.
+    """
+    if _keys(part.get("rest")) is not None:
+        part = {"rest": {**absent["rest"], **part["rest"]}}
+    return {**absent, **part}
+
+
+def _share_of(part: Params, mirrored: PyTree) -> PyTree:
+    """A tree of the state with `optax.MaskedNode` in place of what is not of the part's leaves."""
+    keys = _keys(part.get("rest"))
+    prefixes = [(name,) for name in part] if keys is None else [("rest", str(k)) for k in keys]
+    named, structure = named_leaves(mirrored)
+    return structure.unflatten(
+        leaf if any(path[: len(p)] == p for p in prefixes) else optax.MaskedNode()
+        for path, leaf in named
+    )
+
+
+def _replaced(tree: PyTree, *parts: PyTree) -> PyTree:
+    """The tree with the leaves of its parts in place of its own."""
+    new = {path: leaf for part in parts for path, leaf in named_leaves(part)[0]}
+    named, structure = named_leaves(tree)
+    return structure.unflatten(new.get(path, leaf) for path, leaf in named)
 
 
 def _layer(stacked: PyTree, index: Int[Array, ""]) -> PyTree:
@@ -189,12 +232,14 @@ def init(
       as `sharding.state_shardings` has it.
 
     Raises:
-      ValueError: Parameters of another form; a transformation that needs all gradients at once, or
-        whose state of a stacked leaf has no axis of layers.
+      ValueError: Parameters of another form; a transformation that needs all gradients at once,
+        whose state of a stacked leaf has no axis of layers, or that would give each layer the same
+        random numbers.
     """
     _require_form(params)
     shapes = _shapes(jax.eval_shape(weights.read, params))
     check_per_leaf(tx, shapes)
+    _check_randomness(tx, shapes)
     _check_layers_of_state(tx, shapes)
 
     def init_state(params: Params) -> optax.OptState:
@@ -212,13 +257,16 @@ def init(
 
 def _require_form(params: Params) -> None:
     if not isinstance(params, dict) or set(params) != {"blocks", "rest"}:
-        given = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        given = list(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f'params must be a dict {{"blocks": stacked, "rest": rest}}, got {given}.')
     _number_of_layers(params["blocks"])
 
 
 def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
     """Raises ValueError if the update of some leaf depends on the gradient of another.
+
+    Neither may the update or the state of a leaf depend on another's parameter or state, nor the
+    state that all leaves share, such as a count, on anything of any leaf.
 
     Decided on the traced computation, nothing is run. `optax.MultiSteps`, whose accumulators are as
     large as the gradients a layer-wise step avoids, is refused by its state.
@@ -238,14 +286,16 @@ def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
             "optax.MultiSteps keeps a gradient of the whole model, which a layer-wise step avoids. "
             "Use a larger micro-batch instead."
         )
-    paths = [path for path, _ in named_leaves(params)[0]]
-    for reader, read in _gradients_read(tx, params, state, paths):
-        if others := [spell(path) for path in read if path != reader]:
-            raise ValueError(
-                f"The update of {spell(reader)} depends on the gradient of {others[0]}: a "
-                f"layer-wise step has one layer's gradients at a time. Instead of clipping by the "
-                f"global norm use limit_norm_growth, or a transformation that works leaf by leaf."
-            )
+    trace = _traced(tx, params, state)
+    for index, (output, owner) in enumerate(trace.outputs):
+        _, is_used = _computation_of(trace, index)
+        for (source, source_owner), used in zip(trace.inputs, is_used, strict=True):
+            if used and source_owner not in (None, owner):
+                raise ValueError(
+                    f"{output} depends on {source}: a layer-wise step has one layer's "
+                    f"gradients at a time. Instead of clipping by the global norm use "
+                    f"limit_norm_growth, or a transformation that works leaf by leaf."
+                )
 
 
 def _shapes(tree: PyTree) -> PyTree:
@@ -253,21 +303,57 @@ def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _gradients_read(
-    tx: optax.GradientTransformation, params: Params, state: optax.OptState, paths: list[Path]
-) -> list[tuple[Path, list[Path]]]:
-    """For each leaf, the leaves whose gradients its update is computed from."""
-    closed = jax.make_jaxpr(lambda g, s, p: jax.tree.leaves(tx.update(g, s, p)[0]))(
-        params, state, params
-    )
-    jaxpr = _without_barriers(closed.jaxpr)
-    reads = []
-    for index, path in enumerate(paths):
-        _, used = partial_eval.dce_jaxpr(jaxpr, [i == index for i in range(len(paths))])
-        reads.append(
-            (path, [other for other, is_used in zip(paths, used, strict=False) if is_used])
-        )
-    return reads
+class _Trace(NamedTuple):
+    """The traced update of a transformation.
+
+    Attributes:
+      jaxpr: Without barriers.
+      inputs: What each input is, and the leaf it is of; None for what all leaves share. The last
+        one is `first_layer`.
+      outputs: The same of each output.
+    """
+
+    jaxpr: Any
+    inputs: list[tuple[str, Path | None]]
+    outputs: list[tuple[str, Path | None]]
+
+
+def _traced(tx: optax.GradientTransformation, params: Params, state: optax.OptState) -> _Trace:
+    tx, split = optax.with_extra_args_support(tx), _split(tx, state)
+    paths = {path for path, _ in named_leaves(params)[0]}
+
+    def update(
+        grads: PyTree, params: Params, mirrored: list[PyTree], shared: list[Any], first: Array
+    ) -> tuple[PyTree, list[PyTree], list[Any]]:
+        state = _join(split._replace(shared=shared), mirrored)
+        updates, state = tx.update(grads, state, params, first_layer=first)
+        new = _split(tx, state)
+        return updates, new.mirrored, new.shared
+
+    def owned(what: str, tree: PyTree, depth: int = 0) -> list[tuple[str, Path | None]]:
+        """Each leaf, of the parameter whose path its own begins with, `depth` indices aside."""
+        owners = []
+        for path, _ in named_leaves(tree)[0]:
+            path = path[depth:]
+            owner = next((path[:n] for n in range(len(path) + 1) if path[:n] in paths), None)
+            owners.append((f"{what} of {spell(path)}", owner))
+        return owners
+
+    def shared(tree: PyTree) -> list[tuple[str, Path | None]]:
+        return [("The state that all leaves share", None) for _ in jax.tree.leaves(tree)]
+
+    first = jax.ShapeDtypeStruct((), jnp.int32)
+    args = params, params, split.mirrored, split.shared, first
+    closed, (updates, mirrored, rest) = jax.make_jaxpr(update, return_shape=True)(*args)
+    inputs = owned("the gradient", params) + owned("the parameter", params)
+    inputs += owned("the state", split.mirrored, 1) + shared([split.shared, first])
+    outputs = owned("The update", updates) + owned("The state", mirrored, 1) + shared(rest)
+    return _Trace(_without_barriers(closed.jaxpr), inputs, outputs)
+
+
+def _computation_of(trace: _Trace, index: int) -> tuple[Any, list[bool]]:
+    """What an output is computed by, and whether by each of the inputs."""
+    return partial_eval.dce_jaxpr(trace.jaxpr, [i == index for i in range(len(trace.outputs))])
 
 
 def _without_barriers(jaxpr: Any) -> Any:
@@ -285,11 +371,40 @@ def _without_barriers(jaxpr: Any) -> Any:
     return jaxpr.replace(eqns=equations)
 
 
+def _check_randomness(tx: optax.GradientTransformation, params: Params) -> None:
+    """Raises ValueError if an update of blocks is random and the same for all layers."""
+    trace = _traced(tx, params, jax.eval_shape(tx.init, params))
+    for index, (output, owner) in enumerate(trace.outputs):
+        if owner is None or owner[0] != "blocks":
+            continue
+        jaxpr, is_used = _computation_of(trace, index)
+        if _is_random(jaxpr) and not is_used[-1]:
+            raise ValueError(
+                f"{output} is random, and does not depend on the argument "
+                f"`first_layer` of the transformation's update: each layer would get the same "
+                f"random numbers. Use a transformation that folds `first_layer` into its key, or "
+                f"an ordinary step."
+            )
+
+
+def _is_random(jaxpr: Any) -> bool:
+    def is_random(equation: Any) -> bool:
+        name = equation.primitive.name
+        inner = [getattr(p, "jaxpr", p) for p in jax.tree.leaves(equation.params)]
+        return name.startswith(("random_", "rng_", "threefry")) or any(
+            _is_random(each) for each in inner if hasattr(each, "eqns")
+        )
+
+    return any(map(is_random, jaxpr.eqns))
+
+
 def _check_layers_of_state(tx: optax.GradientTransformation, params: Params) -> None:
     """Raises ValueError unless the state of every layer is a slice of the stacked leaf's state."""
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), params["blocks"])
-    states = [_split(tx, jax.eval_shape(tx.init, tree)) for tree in ({"blocks": one}, params)]
-    layer, whole = ([_blocks_of(tree) for tree in split.mirrored] for split in states)
+    trees = {**params, "blocks": one}, params
+    states = [_split(tx, jax.eval_shape(tx.init, tree)) for tree in trees]
+    blocks = {"blocks": None}
+    layer, whole = ([_share_of(blocks, tree) for tree in split.mirrored] for split in states)
     number = _number_of_layers(params["blocks"])
     for (path, a), (_, b) in zip(named_leaves(layer)[0], named_leaves(whole)[0], strict=True):
         if (number, *a.shape[1:]) != b.shape or a.shape[:1] != (1,):
@@ -323,7 +438,9 @@ def make_step(
 
     Returns:
       `(params, state, batch, key=None) -> (params, state, loss)`. `key` is what `weights.write`
-      gets, folded with the layer; needed for stochastic rounding.
+      gets, folded with the layer: a new one at each step for stochastic rounding, which raises
+      ValueError without one. Functions of the parameters in `tx`, such as a mask, are called with
+      the tree of all parameters, `optax.MaskedNode` in place of those of other parts.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -356,13 +473,19 @@ def make_guarded_step(
     *,
     weights: WeightFormat = EXACT,
     policy: Callable[..., bool] | None = None,
-) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]]:
-    """Returns the step of `make_step` that leaves as they are what it must not update.
+) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""], GuardReport]]:
+    """Returns the step of `make_step` that skips bad updates.
 
-    Everything stays, weights and state, if the loss is NaN or above `max_loss`. The gradients of
-    one part, a layer or what is beside the layers, exist one after another: a part whose gradients
-    are all zero, or beyond `SQUARES_OVERFLOW`, stays as it is, while those before it are updated
-    already.
+    If the loss is NaN or above `max_loss`, or if all gradients are zero, nothing changes.
+
+    A gradient that is NaN, or beyond `SQUARES_OVERFLOW`, is seen only when its part is reached. The
+    parts are gone through one after another: what only the loss reads, the layers from the last to
+    the first, the rest. Nothing changes from the bad part on, and neither do the counts and
+    schedules, which all parts share. The parts before it keep their update, weights and moments:
+    `GuardReport.moved` says how many. To undo them would take a copy of the weights, to know better
+    a second backward pass.
+
+    A single part whose gradients are all zero stays as it is, the others are updated.
 
     Args:
       model: As `make_step`'s.
@@ -371,8 +494,9 @@ def make_guarded_step(
       policy: As `make_step`'s.
 
     Returns:
-      `(params, state, batch, key=None, max_loss=inf) -> (params, state, loss, largest)`, where
-      `largest` is the largest absolute value of any gradient, NaN or infinite if one is.
+      `(params, state, batch, key=None, max_loss=inf) -> (params, state, loss, report)`, with a
+      `GuardReport`. The step was taken if `loss <= max_loss` and `0 < report.largest <
+      SQUARES_OVERFLOW`; skipped as a whole if `report.moved` is 0.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -398,7 +522,7 @@ def make_guarded_step(
         batch: Batch,
         key: PRNGKeyArray | None = None,
         max_loss: ArrayLike = jnp.inf,
-    ) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
+    ) -> tuple[Params, optax.OptState, Float[Array, ""], GuardReport]:
         return run(params, state, batch, key, max_loss)
 
     return step
@@ -444,16 +568,19 @@ def _make_step(
             rest, x, aux
         )
         accepted = None if max_loss is None else loss <= max_loss
-        key = jax.random.key(0) if key is None else key
-        update = _updater(tx, weights, split, key, accepted)
+        absent = jax.tree.map(
+            lambda _: optax.MaskedNode(), jax.eval_shape(weights.read, _shapes(params))
+        )
+        update = _updater(tx, weights, split, absent, key, accepted)
         whole = params, split.mirrored
         end = _End(rest_grads, x_grads, aux_grads, pullback_of, pullback_embed)
-        none_yet = None if accepted is None else jnp.zeros([], jnp.float32)
-        late = _names_read(embed, rest)
-        (params, mirrored), shared, largest = _update_all(update, whole, end, late, none_yet)
-        if accepted is not None:
-            shared = optax.tree.where(accepted & (largest != 0), shared, split.shared)
-        return params, _join(split._replace(shared=shared), mirrored), loss, largest
+        none_yet = None if accepted is None else _no_part_yet()
+        late = _keys_read(embed, rest)
+        (params, mirrored), shared, report = _update_all(update, whole, end, late, none_yet)
+        if report is not None:
+            counts = accepted & (report.largest < SQUARES_OVERFLOW) & (report.largest > 0)
+            shared = optax.tree.where(counts, shared, split.shared)
+        return params, _join(split._replace(shared=shared), mirrored), loss, report
 
     return step
 
@@ -469,36 +596,36 @@ class _End(NamedTuple):
 
 
 def _update_all(
-    update: _Update, whole: _Part, end: _End, late: set[str] | None, largest: Any
+    update: _Update, whole: _Part, end: _End, late: set[Any] | None, report: Any
 ) -> tuple[_Part, list[Any], Any]:
-    """Goes backwards from the end and updates all parts; `late` are the names `embed` reads."""
+    """Goes backwards from the end and updates all parts; `late` are the keys `embed` reads."""
     params, mirrored = whole
 
-    def rest_part(names: set[str] | None) -> _Part:
-        return _rest_of(params, names), [_rest_of(tree, names) for tree in mirrored]
+    def share(part: Params) -> _Part:
+        return part, [_share_of(part, tree) for tree in mirrored]
 
-    early: set[str] = set() if late is None else set(params["rest"]) - late
+    early = (_keys(params["rest"]) or set()) - (late or set())
     parts, x_grads = [], end.x_grads
     # What only the loss reads is updated before the blocks, so that its gradient is gone by then.
     if early:
         grads = _rest_of({"rest": end.rest_grads}, early)
-        part, _, largest = update(rest_part(early), grads, 0, largest)
+        part, _, report = update(share(_rest_of(params, early)), grads, 0, report)
         x_grads, part = jax.lax.optimization_barrier((x_grads, part))
         parts.append(part)
-    part = {"blocks": params["blocks"]}, [_blocks_of(tree) for tree in mirrored]
-    part, x_grads, largest = _update_blocks(
-        update, end.pullback_of, part, x_grads, end.aux_grads, largest
+    part, x_grads, report = _update_blocks(
+        update, end.pullback_of, share(_blocks_of(params)), x_grads, end.aux_grads, report
     )
     parts.append(part)
     (embed_grads,) = end.pullback_embed(x_grads)
     rest_grads = jax.tree.map(jnp.add, end.rest_grads, embed_grads)
     grads = _rest_of({"rest": rest_grads}, late)
-    part, shared, largest = update(rest_part(late), grads, 0, largest)
+    part, shared, report = update(share(_rest_of(params, late)), grads, 0, report)
     parts.append(part)
 
-    params = _merged([part for part, _ in parts])
-    trees = [_merged(list(shares)) for shares in zip(*(m for _, m in parts), strict=True)]
-    return (params, trees), shared, largest
+    params = _replaced(params, *(part for part, _ in parts))
+    shares = zip(*(shares for _, shares in parts), strict=True)
+    mirrored = [_replaced(tree, *share) for tree, share in zip(mirrored, shares, strict=True)]
+    return (params, mirrored), shared, report
 
 
 def make_loss(
@@ -529,31 +656,41 @@ def _updater(
     tx: optax.GradientTransformationExtraArgs,
     weights: WeightFormat,
     split: _SplitState,
-    key: PRNGKeyArray,
+    absent: PyTree,
+    key: PRNGKeyArray | None,
     accepted: Bool[Array, ""] | None,
 ) -> _Update:
     """Returns the function that updates a part.
 
-    It returns the shared leaves of the state too, and the largest gradient so far. Guarded, with
-    `accepted` given, it updates the part only if that is true and its gradients are usable; else
-    `largest` is None.
+    It returns the shared leaves of the state too, and what is known of the gradients so far.
+    Guarded, with `accepted` given, it updates the part only if that is true, the part's gradients
+    are not all zero, and no gradient so far is unusable.
     """
 
     def update(
-        part: _Part, grads: PyTree, first_layer: ArrayLike, largest: Any
+        part: _Part, grads: PyTree, first_layer: ArrayLike, report: Any
     ) -> tuple[_Part, list[Any], Any]:
         params, mirrored = part
         updates, state = tx.update(
-            grads, _join(split, mirrored), weights.read(params), first_layer=first_layer
+            _padded(grads, absent),
+            _join(split, mirrored),
+            _padded(weights.read(params), absent),
+            first_layer=first_layer,
         )
-        params = weights.write(params, updates, jax.random.fold_in(key, first_layer))
+        of_part = None if key is None else jax.random.fold_in(key, first_layer)
         new = _split(tx, state)
+        updated = (
+            weights.write(params, _as_part(updates, params), of_part),
+            [_replaced(old, tree) for old, tree in zip(mirrored, new.mirrored, strict=True)],
+        )
         if accepted is None:
-            return (params, new.mirrored), new.shared, None
-        of_part = jnp.asarray(optax.tree.norm(grads, ord=jnp.inf), jnp.float32)
-        usable = accepted & (of_part < SQUARES_OVERFLOW) & (of_part > 0)
-        part = optax.tree.where(usable, (params, new.mirrored), part)
-        return part, new.shared, jnp.maximum(largest, of_part)
+            return updated, new.shared, None
+        size = jnp.asarray(optax.tree.norm(grads, ord=jnp.inf), jnp.float32)
+        largest = jnp.maximum(report.largest, size)
+        moves = accepted & (largest < SQUARES_OVERFLOW) & (size > 0)
+        has_leaves = bool(jax.tree.leaves(grads))
+        report = GuardReport(largest, report.moved + moves, report.parts + has_leaves)
+        return optax.tree.where(moves, updated, part), new.shared, report
 
     return update
 
@@ -617,37 +754,36 @@ def _update_blocks(
     part: _Part,
     x_grads: PyTree,
     aux_grads: PyTree,
-    largest: Any,
+    report: Any,
 ) -> tuple[_Part, PyTree, Any]:
     """Runs the blocks backwards, each updated in place as soon as its gradient exists."""
     number = _number_of_layers(part[0]["blocks"])
 
     @_from_slices
     def update_layer(
-        layer: _Part, grads: PyTree, index: Int[Array, ""], largest: Any
+        layer: _Part, grads: PyTree, index: Int[Array, ""], report: Any
     ) -> tuple[_Part, Any]:
-        layer, _, largest = update(layer, {"blocks": grads}, index, largest)
-        return layer, largest
+        layer, _, report = update(layer, {"blocks": grads}, index, report)
+        return layer, report
 
     def backward(
         done: Int[Array, ""], carry: tuple[_Part, PyTree, Any]
     ) -> tuple[_Part, PyTree, Any]:
-        part, x_grads, largest = carry
+        part, x_grads, report = carry
         index = number - 1 - done
         layer = _layer(part, index)
         grads, x_grads = pullback_of(layer[0]["blocks"], index)((x_grads, aux_grads))
-        layer, largest = update_layer(layer, grads, index, largest)
-        return _with_layer(part, layer, index), x_grads, largest
+        layer, report = update_layer(layer, grads, index, report)
+        return _with_layer(part, layer, index), x_grads, report
 
-    return jax.lax.fori_loop(0, number, backward, (part, x_grads, largest))
+    return jax.lax.fori_loop(0, number, backward, (part, x_grads, report))
 
 
-def _names_read(function: Callable[[PyTree], PyTree], rest: PyTree) -> set[str] | None:
-    """The entries of `rest` that `function` reads; None where `rest` has no named entries."""
-    if not isinstance(rest, dict):
+def _keys_read(function: Callable[[PyTree], PyTree], rest: PyTree) -> set[Any] | None:
+    """The entries of `rest` that `function` reads; None where `rest` is not a dictionary."""
+    if _keys(rest) is None:
         return None
     closed = jax.make_jaxpr(lambda rest: jax.tree.leaves(function(rest)))(rest)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
-    return {
-        path[0] for (path, _), is_used in zip(named_leaves(rest)[0], used, strict=True) if is_used
-    }
+    is_read = jax.tree.unflatten(jax.tree.structure(rest), used)
+    return {key for key, entry in is_read.items() if any(jax.tree.leaves(entry))}

@@ -31,7 +31,13 @@ from apollo_optax._arguments import require_one_of, require_positive_integer
 from apollo_optax._matrices import ApolloDimensionNumbers, transformer_dimension_numbers
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax._placement import call_on_automatic_axes
-from apollo_optax._rounding import add_stochastically, leaf_key, require_shape_of_parameter
+from apollo_optax._rounding import (
+    add_stochastically,
+    leaf_key,
+    require_new_key,
+    require_shape_of_parameter,
+    rounds_up,
+)
 
 try:
     import qwix
@@ -58,6 +64,11 @@ _SMALLEST_SCALE = float(jnp.finfo(jnp.float32).tiny)
 # So that eager calls make no float copies either; inlined where they are compiled anyway.
 _compiled = functools.partial(jax.jit, inline=True)
 
+# Fewer weights than this to a scale of 4 bytes are not worth one, where another axis has more.
+_FEWEST_IN_A_GROUP = 16
+# Sides of the windows of convolutions.
+_LARGEST_WINDOW = 7
+
 _INT8 = (jnp.int8, "int8")
 _VECTORS = ("b", "bias", "offset", "scale")
 
@@ -71,6 +82,9 @@ def contracted_axes(params: PyTree) -> PyTree:
       along embed; `out` (..., heads, head_dim, embed) along head_dim.
     - `embedding` (vocabulary, embed) and Equinox's `weight` (out, in): the last axis. A token's row
       has its scales to itself.
+    - Where that is an axis of fewer than 16 (the window of a convolution, one channel of a
+      depthwise one), the last axis of at least 16, else the longest: Equinox's convolutions (out,
+      in, height, width) along `in`. Not of a leaf with two axes.
     - None, to stay as they are: leaves with fewer than two axes, of no floating dtype or empty;
       biases and norms, stacked over layers too, which are `bias`, `b`, `scale` and `offset`
       anywhere, and everything under a name with "norm" in it.
@@ -107,11 +121,22 @@ def _contracted_axis(path: Path, leaf: Any, spec: ApolloDimensionNumbers | None)
     if 0 in leaf.shape:
         return None
     if name == "weight" or name.endswith("embedding"):
-        return -1
-    if spec is None:
-        return -2
-    reduction = spec.reduction_axis
-    return reduction if isinstance(reduction, int) else reduction[-1]
+        return _long_axis(leaf.shape, -1)
+    reduction = -2 if spec is None else spec.reduction_axis
+    return _long_axis(leaf.shape, reduction if isinstance(reduction, int) else reduction[-1])
+
+
+def _long_axis(shape: tuple[int, ...], contracted: int) -> int:
+    """The contracted axis, or one that is longer where a convolution leaves that one too short."""
+    if len(shape) == 2 or shape[contracted] >= _FEWEST_IN_A_GROUP:
+        return contracted
+    # From the back: the input channels of (layers, out, in, height, width). The first axis may be
+    # of layers, which have their scales to themselves, unless all others are of a window.
+    later = list(range(-1, -len(shape), -1))
+    is_window = all(shape[axis] <= _LARGEST_WINDOW for axis in later)
+    allowed = [*later, -len(shape)] if is_window else later
+    long = [axis for axis in allowed if shape[axis] >= _FEWEST_IN_A_GROUP]
+    return long[0] if long else max([contracted, *later], key=lambda axis: shape[axis])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +244,11 @@ def dequantize(params: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyT
 
 
 def apply_updates(
-    params: PyTree, updates: PyTree, key: PRNGKeyArray, *, rounding: Rounding = "stochastic"
+    params: PyTree,
+    updates: PyTree,
+    key: PRNGKeyArray | None = None,
+    *,
+    rounding: Rounding = "stochastic",
 ) -> PyTree:
     r"""Adds updates to parameters, rounding the sum stochastically.
 
@@ -251,7 +280,7 @@ def apply_updates(
       updates: Updates of the structure and shapes of `dequantize(params)`, floating point; a None
         leaves its parameters as they are.
       key: PRNG key, a new one every step. Each leaf folds in its path, so other leaves do not
-        matter to it.
+        matter to it. Not needed to round to nearest.
       rounding: "nearest" rounds every leaf to nearest instead, which loses updates under half a
         step: to compare with.
 
@@ -261,7 +290,8 @@ def apply_updates(
     Raises:
       TypeError: A parameter of another dtype; a QArray of another kind than `quantize` makes; an
         update that is a QArray.
-      ValueError: Updates of another structure or shape; another `rounding`.
+      ValueError: Updates of another structure or shape; another `rounding`; no key for stochastic
+        rounding.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -272,6 +302,7 @@ def apply_updates(
       True
     """
     require_one_of("rounding", rounding, ("stochastic", "nearest"))
+    new_key = require_new_key(key) if rounding == "stochastic" else None
     named, treedef = named_leaves(params, is_leaf=_is_quantized)
     given = treedef.flatten_up_to(updates)
 
@@ -279,12 +310,12 @@ def apply_updates(
         if update is None:
             return param
         if not _is_quantized(param):
-            if rounding == "stochastic":
-                return add_stochastically(path, param, update, key)
+            if new_key is not None:
+                return add_stochastically(path, param, update, new_key)
             require_shape_of_parameter(path, update, param.shape)
             return (param + update).astype(param.dtype)
         _require_trainable(path, param, update)
-        of_leaf = leaf_key(key, path) if rounding == "stochastic" else None
+        of_leaf = None if new_key is None else leaf_key(new_key, path)
         return call_on_automatic_axes(_add_to_quantized, param, update, of_leaf, like=param)
 
     added = [add(path, param, u) for (path, param), u in zip(named, given, strict=True)]
@@ -365,7 +396,11 @@ def _steps_of(
     weights: Float[Array, "*split"], scale: Float[Array, "*groups"], key: PRNGKeyArray | None
 ) -> Int8[Array, "*split"]:
     steps = weights / scale
-    steps = jnp.round(steps) if key is None else _round_stochastically(steps, key)
+    if key is None:
+        steps = jnp.round(steps)
+    else:
+        lower = jnp.floor(steps)
+        steps = lower + rounds_up(key, steps - lower)
     # Only the error of the divisions can lead beyond the largest step.
     steps = jnp.clip(steps, -_LARGEST_STEP, _LARGEST_STEP)
     return jnp.where(jnp.isnan(steps), 0, steps).astype(jnp.int8)
@@ -423,16 +458,6 @@ def _sum(
     steps: Int8[Array, "*split"], scale: Float[Array, "*groups"], update: Float[Array, "*split"]
 ) -> Float[Array, "*split"]:
     return steps.astype(jnp.float32) * scale + update.astype(jnp.float32)
-
-
-def _round_stochastically(
-    steps: Float[Array, "*split"], key: PRNGKeyArray
-) -> Float[Array, "*split"]:
-    lower = jnp.floor(steps)
-    # Half a unit keeps the thresholds centred, and whole steps where they are.
-    bits = jax.random.bits(key, steps.shape, jnp.uint16)
-    thresholds = (bits.astype(jnp.float32) + 0.5) * 2.0**-16
-    return lower + (steps - lower > thresholds)
 
 
 def _require_trainable(path: Path, param: QArray, update: Any) -> None:
