@@ -476,7 +476,7 @@ def make_guarded_step(
 ) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""], GuardReport]]:
     """Returns the step of `make_step` that skips bad updates.
 
-    If the loss is NaN or above `max_loss`, or if all gradients are zero, nothing changes.
+    If the loss is not finite or above `max_loss`, or if all gradients are zero, nothing changes.
 
     A gradient that is NaN, or beyond `SQUARES_OVERFLOW`, is seen only when its part is reached. The
     parts are gone through one after another: what only the loss reads, the layers from the last to
@@ -495,8 +495,9 @@ def make_guarded_step(
 
     Returns:
       `(params, state, batch, key=None, max_loss=inf) -> (params, state, loss, report)`, with a
-      `GuardReport`. The step was taken if `loss <= max_loss` and `0 < report.largest <
-      SQUARES_OVERFLOW`; skipped as a whole if `report.moved` is 0.
+      `GuardReport`. The step was taken if the loss is finite, `loss <= max_loss` and
+      `0 < report.largest < SQUARES_OVERFLOW`; else it was skipped, as a whole if `report.moved` is
+      0.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -567,7 +568,7 @@ def _make_step(
         loss, (rest_grads, x_grads, aux_grads) = jax.value_and_grad(loss_of, (0, 1, 2))(
             rest, x, aux
         )
-        accepted = None if max_loss is None else loss <= max_loss
+        accepted = None if max_loss is None else jnp.isfinite(loss) & (loss <= max_loss)
         absent = jax.tree.map(
             lambda _: optax.MaskedNode(), jax.eval_shape(weights.read, _shapes(params))
         )

@@ -1,6 +1,7 @@
+import collections
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -215,6 +216,79 @@ def test_rest_may_be_any_tree():
         assert_same_training(model, optax.adam(0.01), params, batches)
 
 
+class Ends(NamedTuple):
+    first: Any
+    last: Any
+
+
+RESTS = {
+    "int keys": ({0: jnp.ones(4), 1: jnp.zeros(4)}, 0, 1),
+    "tuple keys": ({(0, 1): jnp.ones(4), (0, 2): jnp.zeros(4)}, (0, 1), (0, 2)),
+    "names": ({"in": jnp.ones(4), "out": jnp.zeros(4)}, "in", "out"),
+    "list": ([jnp.ones(4), jnp.zeros(4)], 0, 1),
+    "ordered": (collections.OrderedDict(b=jnp.ones(4), a=jnp.zeros(4)), "b", "a"),
+    "record": (Ends(jnp.ones(4), jnp.zeros(4)), 0, 1),
+}
+
+
+FOR_ADAM: dict[str, Any] = {
+    "weight_dimension_numbers": lambda params: jax.tree.map(lambda _: None, params)
+}
+
+
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("optimizer", [optax.adam, apollo_optax.apollo])
+def test_both_ends_get_their_gradients_whatever_their_keys_are(rest, optimizer):
+    tree, first, last = RESTS[rest]
+    model = layerwise.LayerwiseModel(
+        embed=lambda rest, batch: batch * rest[first],
+        block=lambda block, x: x * block,
+        loss=lambda rest, x, batch: jnp.mean((x - rest[last] - 1) ** 2),
+    )
+    params = {"blocks": jnp.ones((2, 4)), "rest": tree}
+    tx = optimizer(0.1) if optimizer is optax.adam else optimizer(0.1, **FOR_ADAM)
+    assert_same_training(model, tx, params, [jnp.arange(1.0, 5.0)] * 2)
+
+
+TREES_OF_CHOICES = {
+    "mask": lambda: optax.adamw(
+        0.1, weight_decay=0.5, mask={"blocks": {"w": True}, "rest": {"in": False, "out": True}}
+    ),
+    "mask of subtrees": lambda: optax.adamw(
+        0.1, weight_decay=0.5, mask={"blocks": False, "rest": True}
+    ),
+    "mask of a function of the whole": lambda: optax.adamw(
+        0.1, weight_decay=0.5, mask=lambda p: {"blocks": True, "rest": {"in": True, "out": False}}
+    ),
+    "labels": lambda: optax.partition(
+        {"trained": optax.adam(0.1), "frozen": optax.set_to_zero(), "moved": optax.sgd(0.1, 0.9)},
+        {"blocks": {"w": "trained"}, "rest": {"in": "moved", "out": "frozen"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TREES_OF_CHOICES)
+def test_masks_and_labels_may_be_trees(name):
+    model = layerwise.LayerwiseModel(
+        embed=lambda rest, batch: batch * rest["in"],
+        block=lambda block, x: x * block["w"],
+        loss=lambda rest, x, batch: jnp.mean((x * rest["out"] - 3) ** 2),
+    )
+    ends = {"in": jnp.ones(4), "out": jnp.full(4, 0.5)}
+    params = {"blocks": {"w": jnp.ones((2, 4))}, "rest": ends}
+    assert_same_training(model, TREES_OF_CHOICES[name](), params, [jnp.arange(1.0, 5.0)] * 2)
+
+
+@pytest.mark.parametrize("make", [layerwise.make_step, layerwise.make_guarded_step])
+def test_stochastic_rounding_without_a_key_is_refused(make):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), roots_params())
+    tx = optax.sgd(0.1)
+    step = jax.jit(make(ROOTS, tx, weights=layerwise.STOCHASTIC))
+    state = layerwise.init(tx, params, weights=layerwise.STOCHASTIC)
+    with pytest.raises(ValueError, match="needs a PRNG key, got None. Pass another key at each"):
+        jax.eval_shape(step, params, state, jnp.ones((2, 4), jnp.bfloat16))
+
+
 def test_stochastic_rounding_moves_bfloat16_weights_by_the_update_in_expectation():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), llama_params())
     tx = optax.sgd(1e-3)
@@ -396,6 +470,77 @@ def test_what_cannot_run_layer_by_layer_is_refused(tx, match):
         layerwise.init(tx, llama_params())
 
 
+class Shared(NamedTuple):
+    total: Any
+
+
+def with_total(of_updates):
+    """Passes updates on, and keeps a number of them all."""
+
+    def update(updates, state, params=None):
+        return updates, Shared(of_updates(updates, params))
+
+    return optax.GradientTransformation(lambda params: Shared(jnp.zeros([])), update)
+
+
+@pytest.mark.parametrize(
+    ("tx", "match"),
+    [
+        (
+            with_total(lambda updates, params: optax.tree.norm(updates)),
+            "state that all leaves share depends on the gradient of blocks/",
+        ),
+        (
+            with_total(lambda updates, params: optax.tree.norm(params)),
+            "state that all leaves share depends on the parameter of blocks/",
+        ),
+        (
+            optax.stateless(lambda u, p: jax.tree.map(lambda g: g * optax.tree.norm(p), u)),
+            "update of blocks/.* depends on the parameter of blocks/",
+        ),
+    ],
+    ids=["gradients", "parameters", "update"],
+)
+def test_what_is_computed_of_all_leaves_is_refused(tx, match):
+    with pytest.raises(ValueError, match=match):
+        layerwise.check_per_leaf(tx, roots_params())
+
+
+def with_noise(fold):
+    """Adds noise of a key that is no part of the state."""
+
+    def update(updates, state, params=None, *, first_layer=0, **extra_args):
+        key = jax.random.fold_in(jax.random.key(0), fold(first_layer))
+        noise = optax.tree.random_like(key, updates)
+        return optax.tree.add(updates, noise), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.add_noise(1.0, 0.0, key=0), optax.sgd(0.1)),
+        optax.add_noise(1.0, 0.0, key=jax.random.key(0)),
+        optax.masked(optax.add_noise(1.0, 0.0, key=0), {"blocks": True, "rest": False}),
+        with_noise(lambda layer: 0),
+        optax.noisy_sgd(0.1, key=0),
+    ],
+    ids=["chain", "typed_key", "masked", "no_state", "noisy_sgd"],
+)
+def test_noise_that_is_the_same_for_all_layers_is_refused(tx):
+    with pytest.raises(ValueError, match="blocks/.* is random, and does not depend on .*`first_l"):
+        layerwise.init(tx, roots_params())
+
+
+def test_noise_that_is_folded_with_the_layer_is_its_own():
+    tx, params = with_noise(lambda layer: layer), roots_params()
+    step = jax.jit(layerwise.make_step(ROOTS, tx))
+    after, *_ = step(params, layerwise.init(tx, params), jnp.zeros((2, 4)))
+    moved = after["blocks"]["w"] - params["blocks"]["w"]
+    assert len(np.unique(moved[:, 0, 0])) == 3
+
+
 def compiled(tx):
     return optax.GradientTransformation(tx.init, jax.jit(tx.update))
 
@@ -464,39 +609,50 @@ def test_a_guarded_step_is_the_step_where_nothing_is_bad(name):
     trees = [(roots_params(), layerwise.init(tx, roots_params())) for _ in range(2)]
     for _ in range(3):
         *plain_tree, loss = plain(*trees[0], batch)
-        *guarded_tree, same_loss, largest = guarded(*trees[1], batch)
+        *guarded_tree, same_loss, report = guarded(*trees[1], batch)
         assert loss == same_loss
-        assert 0 < largest < jnp.inf
+        assert 0 < report.largest < jnp.inf
+        # Three layers, what only the loss reads and what `embed` does.
+        assert report.moved == report.parts == 5
         trees = [tuple(plain_tree), tuple(guarded_tree)]
         chex.assert_trees_all_close(*trees, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("batch", "max_loss"),
-    [(jnp.full((2, 4), jnp.nan), jnp.inf), (jnp.full((2, 4), 5.0), 1e-3)],
-    ids=["nan", "spike"],
+    [
+        (jnp.full((2, 4), jnp.nan), jnp.inf),
+        (jnp.full((2, 4), jnp.inf), jnp.inf),
+        (jnp.full((2, 4), 5.0), 1e-3),
+    ],
+    ids=["nan", "infinite", "spike"],
 )
-def test_a_guarded_step_leaves_everything_where_the_loss_is_too_high_or_nan(batch, max_loss):
+def test_a_guarded_step_leaves_everything_where_the_loss_is_too_high_or_not_finite(batch, max_loss):
     tx, params = ROOTS_TX["apollo_mini"](), roots_params()
     step = jax.jit(layerwise.make_guarded_step(ROOTS, tx))
     params, state, _, _ = step(params, layerwise.init(tx, params), jnp.ones((2, 4)))
-    after, state_after, loss, _ = step(params, state, batch, None, max_loss)
-    assert not loss <= max_loss
+    after, state_after, loss, report = step(params, state, batch, None, max_loss)
+    assert not (jnp.isfinite(loss) and loss <= max_loss)
+    assert report.moved == 0
     chex.assert_trees_all_equal((after, state_after), (params, state))
 
 
-def test_a_guarded_step_leaves_the_layer_whose_gradient_is_infinite():
+def test_a_guarded_step_leaves_all_from_the_layer_on_whose_gradient_is_infinite():
     tx, params = ROOTS_TX["adamw"](), roots_params(bad_layer=1)
     step = jax.jit(layerwise.make_guarded_step(ROOTS, tx))
     state = layerwise.init(tx, params)
-    after, state_after, loss, largest = step(params, state, jnp.ones((2, 4)))
+    after, state_after, loss, report = step(params, state, jnp.ones((2, 4)))
     assert jnp.isfinite(loss)
-    assert not jnp.isfinite(largest)
+    assert not jnp.isfinite(report.largest)
+    # The last layer, and what only the loss reads.
+    assert (report.moved, report.parts) == (2, 5)
     for before, now in ((params, after), (state[0].mu, state_after[0].mu)):
         changed = [np.any(now["blocks"]["w"][i] != before["blocks"]["w"][i]) for i in range(3)]
-        assert changed == [True, False, True]
-        np.testing.assert_array_equal(now["blocks"]["root"][1], before["blocks"]["root"][1])
-        assert np.any(now["rest"]["scale"] != before["rest"]["scale"])
+        assert changed == [False, False, True]
+        assert np.any(now["rest"]["out"] != before["rest"]["out"])
+        np.testing.assert_array_equal(now["blocks"]["root"][:2], before["blocks"]["root"][:2])
+        np.testing.assert_array_equal(now["rest"]["scale"], before["rest"]["scale"])
+    assert state_after[0].count == state[0].count
     chex.assert_tree_all_finite((after, state_after))
 
 
@@ -505,6 +661,6 @@ def test_a_guarded_step_without_any_gradient_changes_nothing():
     params["rest"]["out"] = jnp.zeros((4, 2))
     step = jax.jit(layerwise.make_guarded_step(ROOTS, tx))
     state = layerwise.init(tx, params)
-    after, state_after, _, largest = step(params, state, jnp.ones((2, 4)))
-    assert largest == 0
+    after, state_after, _, report = step(params, state, jnp.ones((2, 4)))
+    assert report.largest == report.moved == 0
     chex.assert_trees_all_equal((after, state_after), (params, state))

@@ -102,6 +102,33 @@ def test_groups_run_along_the_axis_a_product_contracts(name, shape, axis):
     assert jax.tree.leaves(contracted_axes(params)) == [axis]
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "group"),
+    [
+        ("weight", (64, 32, 3, 3), 32),
+        ("weight", (4, 64, 32, 3, 3), 32),
+        ("weight", (512, 256, 10), 128),
+        ("weight", (64, 3, 7, 7), 64),
+        ("weight", (64, 1, 3, 3), 64),
+        ("weight", (64, 1, 3), 64),
+        ("kernel", (3, 3, 64, 32), 64),
+        ("kernel", (3, 3, 1, 512), 128),
+        ("kernel", (7, 7, 3, 64), 64),
+        ("kernel", (5, 1, 48), 48),
+    ],
+)
+def test_convolutions_are_not_grouped_along_their_windows(name, shape, group):
+    quantized = quantize({"conv": {name: normal(shape)}})["conv"][name]
+    assert quantized.qvalue.size == group * quantized.scale.size
+    np.testing.assert_allclose(dequantize(quantized), normal(shape), atol=0.1 / 127)
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (3, 5, 8), (24, 8, 8), (12, 4, 4)])
+def test_a_row_and_a_layer_have_their_scales_to_themselves(shape):
+    quantized = quantize({"weight": normal(shape)})["weight"]
+    assert quantized.scale.shape[0] == shape[0]
+
+
 def test_equinox_norms_and_integer_and_empty_leaves_stay():
     leaves = {
         "norm1": {"weight": jnp.ones((3, 8))},
@@ -294,7 +321,7 @@ def test_small_updates_are_kept_by_stochastic_rounding_and_lost_by_rounding_to_n
 
 def test_rounding_to_nearest_gives_the_nearest():
     params, update = quantize(normal((256, 8))), normal((256, 8), 1, 1e-3)
-    moved = apply_updates(params, update, jax.random.key(0), rounding="nearest")
+    moved = apply_updates(params, update, rounding="nearest")
     chex.assert_trees_all_close(moved, quantize(dequantize(params) + update), rtol=1e-6)
 
 
@@ -427,6 +454,17 @@ def test_a_layer_of_the_stack_is_quantized_and_updated_as_in_the_stack():
 def test_updates_and_parameters_that_do_not_fit_are_refused(param, update, error, match):
     with pytest.raises(error, match=match):
         apply_updates({"w": param}, {"w": update}, jax.random.key(0))
+
+
+def test_stochastic_rounding_needs_a_key():
+    params = {"w": quantize(jnp.ones((4, 2)))}
+    with pytest.raises(ValueError, match="needs a PRNG key, got None"):
+        apply_updates(params, {"w": jnp.ones((4, 2))})
+    weights = layerwise.WeightFormat(dequantize, apply_updates)
+    model, start = stacked_network()
+    step = layerwise.make_step(model, optax.sgd(0.1), weights=weights)
+    with pytest.raises(ValueError, match="needs a PRNG key, got None"):
+        jax.eval_shape(step, quantize(start), optax.sgd(0.1).init(start), jnp.ones((2, 8)))
 
 
 def test_another_rounding_or_structure_is_refused():

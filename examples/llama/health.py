@@ -4,11 +4,21 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
 
 from apollo_optax.layerwise import SQUARES_OVERFLOW
 
-__all__ = ["CAUSES", "Health", "Outcome", "judge", "largest_of", "max_loss", "new_health", "record"]
+__all__ = [
+    "CAUSES",
+    "Health",
+    "Outcome",
+    "cause_of",
+    "judge",
+    "largest_of",
+    "max_loss",
+    "new_health",
+    "record",
+]
 
 CAUSES = ("", "not finite", "loss spike", "zero gradient")
 """What a verdict says: why a step was skipped; 0 if it was taken."""
@@ -38,10 +48,26 @@ class Outcome(NamedTuple):
     Attributes:
       loss: Before the step, in nats a token.
       verdict: Index of `CAUSES`.
+      moved: Of a layer-wise step, how many parts it updated, though it may be skipped.
+      parts: Of a layer-wise step, how many there are.
     """
 
     loss: Float[Array, ""]
     verdict: Int32[Array, ""]
+    moved: ArrayLike = 0
+    parts: ArrayLike = 0
+
+
+def cause_of(outcome: Outcome) -> str:
+    """Returns why a step was skipped, and what it had updated already; "" if it was taken.
+
+    >>> cause_of(Outcome(jnp.float32(2.0), jnp.int32(1), moved=2, parts=14))
+    'not finite, after 2 of 14 parts were updated'
+    """
+    cause = CAUSES[int(outcome.verdict)]
+    if not cause or not int(outcome.moved):
+        return cause
+    return f"{cause}, after {int(outcome.moved)} of {int(outcome.parts)} parts were updated"
 
 
 def new_health() -> Health:

@@ -140,8 +140,9 @@ def layered_training(
         with.
       float32_moments: Whether the optimizer is run `in_float32`, which costs a float32 gradient of
         a layer. APOLLO's moments are float32 without it.
-      spike_limit: Guards the step as `train.make_train_step` does, but that gradients of one layer
-        that are not finite leave that layer as it is, not those updated before it.
+      spike_limit: Guards the step as `train.make_train_step` does. But if gradients are not finite,
+        the layers before them in the backward pass are updated already; `Outcome.moved` counts
+        them.
 
     Returns:
       Training whose parameters are those of `split_params`, the matrices quantized if int8.
@@ -167,10 +168,11 @@ def layered_training(
             params, opt_state, loss = plain_step(state.params, state.opt_state, tokens, key)
             return TrainState(state.step + 1, params, opt_state), loss
         health = health_of(state)
-        params, opt_state, loss, largest = guarded_step(
+        params, opt_state, loss, report = guarded_step(
             state.params, state.opt_state, tokens, key, max_loss(health, spike_limit)
         )
-        outcome = Outcome(loss, judge(health, loss, largest, spike_limit=spike_limit))
+        verdict = judge(health, loss, report.largest, spike_limit=spike_limit)
+        outcome = Outcome(loss, verdict, report.moved, report.parts)
         return TrainState(state.step + 1, params, opt_state, record(health, outcome)), outcome
 
     def float_params(params: PyTree) -> model.Params:

@@ -32,7 +32,7 @@ from examples.llama.checkpoint import (
 )
 from examples.llama.files import filled, write_text
 from examples.llama.generate import generate
-from examples.llama.health import CAUSES, Outcome
+from examples.llama.health import Outcome, cause_of
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
 from examples.llama.machine import machine
@@ -479,7 +479,7 @@ class _Watch:
             self._see_one(*self._unseen.popleft())
 
     def _see_one(self, step: int, outcome: Outcome) -> None:
-        cause = CAUSES[int(outcome.verdict)]
+        cause = cause_of(outcome)
         if not cause:
             self.skipped_in_a_row = 0
             return
@@ -491,7 +491,7 @@ class _Watch:
     def metrics(self, last: int, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
         """Makes the lines of the last steps, once each; learning rates follow the steps taken."""
         for step, outcome in enumerate(outcomes, start=last - len(outcomes) + 1):
-            cause, loss = CAUSES[int(outcome.verdict)], float(outcome.loss)
+            cause, loss = cause_of(outcome), float(outcome.loss)
             line = {
                 "step": step,
                 "loss": loss if math.isfinite(loss) else None,

@@ -84,6 +84,29 @@ def test_none_updates_leave_parameters_as_they_are():
     np.testing.assert_array_equal(moved["frozen"], params["frozen"])
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_no_nan_is_made_on_the_way(dtype):
+    limits = jnp.finfo(dtype)
+    smallest = float(limits.smallest_subnormal)
+    sizes = [0.0, smallest, 0.3 * smallest, 3.5 * smallest, float(limits.tiny), 1.5, jnp.inf]
+    sizes += [0.9999 * float(limits.tiny), float(limits.max), 1.01 * float(limits.max)]
+    x = jnp.asarray([*sizes, *(-size for size in sizes)], jnp.float32)
+    key = jax.random.key(0)
+    # Each operation is looked at: outside of jit.
+    with jax.debug_nans(True):
+        rounded = stochastic_round(key, x, dtype)
+        params = {"w": x.astype(dtype)}
+        moved = apply_updates_stochastic(params, {"w": jnp.zeros(x.size)}, key)
+    assert not np.any(np.isnan(np.asarray(rounded, np.float32)))
+    np.testing.assert_array_equal(moved["w"].view(jnp.uint16), params["w"].view(jnp.uint16))
+
+
+def test_without_a_key_it_is_refused():
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    with pytest.raises(ValueError, match="needs a PRNG key, got None.*fold_in"):
+        apply_updates_stochastic(params, params, None)
+
+
 def test_shapes_and_dtypes_that_do_not_fit_are_refused():
     params, key = {"w": jnp.ones((2, 3), jnp.bfloat16)}, jax.random.key(0)
     with pytest.raises(ValueError, match=r"update of w has shape \(3,\), its parameter \(2, 3\)"):
