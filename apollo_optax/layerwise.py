@@ -13,6 +13,7 @@ limiter (`limit_norm_growth`), which needs a matrix's own norm only. Accumulatin
 ratio, a clipped root mean square) are statistics of a layer here.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -166,7 +167,10 @@ def _padded(part: PyTree, absent: PyTree) -> PyTree:
     """
     if _keys(part.get("rest")) is not None:
         part = {"rest": {**absent["rest"], **part["rest"]}}
-    return {**absent, **part}
+    # A copy, for a dictionary of the type that the state was made for.
+    padded = copy.copy(absent)
+    padded.update(part)
+    return padded
 
 
 def _share_of(part: Params, mirrored: PyTree) -> PyTree:
@@ -292,9 +296,9 @@ def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
         for (source, source_owner), used in zip(trace.inputs, is_used, strict=True):
             if used and source_owner not in (None, owner):
                 raise ValueError(
-                    f"{output} depends on {source}: a layer-wise step has one layer's "
-                    f"gradients at a time. Instead of clipping by the global norm use "
-                    f"limit_norm_growth, or a transformation that works leaf by leaf."
+                    f"{output} depends on {source}: a layer-wise step has one layer's gradients at "
+                    f"a time. Instead of clipping by the global norm use limit_norm_growth, or a "
+                    f"transformation that works leaf by leaf."
                 )
 
 
@@ -380,10 +384,9 @@ def _check_randomness(tx: optax.GradientTransformation, params: Params) -> None:
         jaxpr, is_used = _computation_of(trace, index)
         if _is_random(jaxpr) and not is_used[-1]:
             raise ValueError(
-                f"{output} is random, and does not depend on the argument "
-                f"`first_layer` of the transformation's update: each layer would get the same "
-                f"random numbers. Use a transformation that folds `first_layer` into its key, or "
-                f"an ordinary step."
+                f"{output} is random, and does not depend on `first_layer`, an argument of "
+                f"`tx.update`: each layer would get the same random numbers. Use a transformation "
+                f"that folds `first_layer` into its key, or an ordinary step."
             )
 
 
