@@ -7,10 +7,12 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +36,19 @@ __all__ = [
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What says nothing about a checkpoint that could not be read.
-_NO_DAMAGE = (MemoryError, PermissionError)
+_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_MISSING_CODES = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+_QUOTED_CODE = re.compile(r"(?:os_error_code='|OS error )(\d+)")
+# What parsers raise for a file that is not as it was written.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+# A disk or a network that did not answer may do so a little later.
+_PAUSES_SECONDS = (1.0, 5.0)
 _ARRAYS, _DIGEST = "array_checksums", "digest"
 _DAMAGED = "damaged"
 _LONGEST_REASON = 300
+
+
+_T = TypeVar("_T")
 
 
 class Damage(NamedTuple):
@@ -127,7 +137,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
       What was saved as `record`; None if there is no checkpoint.
 
     Raises:
-      OSError: If there are checkpoints and the records of all are damaged.
+      OSError: If a record cannot be read, or the records of all checkpoints are damaged.
     """
     damaged: list[Damage] = []
     with _open_to_read(folder) as checkpoints:
@@ -143,8 +153,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def restore(folder: Path, abstract_state: TrainState) -> Restored:
     """Reads the newest checkpoint that is whole.
 
-    Those that are not are moved to the folder `damaged` beside `folder`, where nothing reads them.
-    All processes of a run call it together, and come to the same.
+    Damaged checkpoints are moved to the folder `damaged` beside `folder`, where nothing reads them:
+    those with a file missing or malformed, or with another checksum. A checkpoint that the disk
+    fails to deliver is not damaged: it is read again, and stays where it is. All processes of a run
+    call this together, and come to the same.
 
     Args:
       folder: Of checkpoints.
@@ -156,7 +168,7 @@ def restore(folder: Path, abstract_state: TrainState) -> Restored:
 
     Raises:
       FileNotFoundError: If there is no checkpoint.
-      OSError: If all are damaged; none is moved.
+      OSError: If one cannot be read, or all are damaged; none is moved.
     """
     damaged: list[Damage] = []
     with _open_to_read(folder) as checkpoints:
@@ -198,23 +210,25 @@ def _newest_first(checkpoints: ocp.CheckpointManager | None) -> list[int]:
 
 def _read_record(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    with _damage_named("its record cannot be read"):
-        record = checkpoints.restore(step, args=args).record
-        whole = record.get(_DIGEST) == _digest(record)
-    if not whole:
+    record = _from_disk(lambda: checkpoints.restore(step, args=args).record, "record", step)
+    if not isinstance(record, dict) or record.get(_DIGEST) != _digest(record):
         raise _DamagedError("its record is not the one that was written")
     return record
 
 
 def _read(checkpoints: ocp.CheckpointManager, step: int, abstract_state: TrainState) -> Restored:
-    damage = None
+    failure: Exception | None = None
     try:
         record = _read_record(checkpoints, step)
         state = _read_state(checkpoints, step, abstract_state)
-    except _DamagedError as error:
-        damage = error
-    if multihost_utils.process_allgather(np.array(damage is not None)).any():
-        raise damage or _DamagedError("another process cannot read its part of it")
+    except (_DamagedError, OSError) as error:
+        failure = error
+    here = np.array([isinstance(failure, OSError), failure is not None])
+    unreadable, failed = multihost_utils.process_allgather(here).reshape(-1, 2).any(axis=0)
+    if unreadable and not isinstance(failure, OSError):
+        raise OSError(errno.EIO, f"another process cannot read the checkpoint of step {step}")
+    if failed:
+        raise failure or _DamagedError("another process cannot read its part of it")
     found = array_checksums(state)
     if wrong := [name for name, value in record[_ARRAYS].items() if found.get(name) != value]:
         raise _DamagedError(f"not what was written: {', '.join(wrong)}")
@@ -225,8 +239,7 @@ def _read_state(
     checkpoints: ocp.CheckpointManager, step: int, abstract_state: TrainState
 ) -> TrainState:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(abstract_state)))
-    with _damage_named("its arrays cannot be read"):
-        restored = checkpoints.restore(step, args=args).state
+    restored = _from_disk(lambda: checkpoints.restore(step, args=args).state, "arrays", step)
     return jax.tree.map(
         lambda x, saved: saved if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding),
         abstract_state,
@@ -234,16 +247,37 @@ def _read_state(
     )
 
 
-@contextlib.contextmanager
-def _damage_named(what: str) -> Iterator[None]:
-    """Turns whatever a damaged file makes a parser raise into a _DamagedError."""
-    try:
-        with _quiet_orbax():
-            yield
-    except Exception as error:
-        if isinstance(error, _NO_DAMAGE) or "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise _DamagedError(f"{what}: {_one_line(error)}") from error
+def _from_disk(read: Callable[[], _T], what: str, step: int) -> _T:
+    """Reads a part of a checkpoint, several times if the operating system fails to.
+
+    Raises:
+      _DamagedError: If a file is missing or malformed.
+      OSError: If the files cannot be read, whatever is in them.
+    """
+    for pause_seconds in (*_PAUSES_SECONDS, None):
+        try:
+            with _quiet_orbax():
+                return read()
+        except (OSError, *_MALFORMED) as error:
+            if not _is_unreadable(error):
+                raise _DamagedError(f"its {what} cannot be read: {_one_line(error)}") from error
+            if pause_seconds is None:
+                raise OSError(
+                    errno.EIO,
+                    f"the {what} of the checkpoint of step {step} cannot be read, after "
+                    f"{len(_PAUSES_SECONDS) + 1} attempts: {_one_line(error)}; nothing was moved. "
+                    "Try again once the disk or the network answers. If it never does, move the "
+                    f"folder {step} of the checkpoints away, to go on from the one before",
+                ) from error
+            time.sleep(pause_seconds)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_unreadable(error: Exception) -> bool:
+    """Whether the operating system could not read; TensorStore's ValueErrors only quote it."""
+    if isinstance(error, OSError):
+        return not isinstance(error, _MISSING)
+    return any(int(code) not in _MISSING_CODES for code in _QUOTED_CODE.findall(str(error)))
 
 
 def _one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from examples.llama import checkpoint
 from examples.llama.checkpoint import (
     differing_settings,
     open_checkpoints,
@@ -266,6 +268,60 @@ def test_no_memory_left_is_not_taken_for_damage(
     with pytest.raises(MemoryError):
         restore(folder, abstract(state_of("sgd")))
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_PAUSES_SECONDS", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+@pytest.mark.parametrize("quoted", [False, True], ids=["raised", "quoted"])
+def test_a_read_error_that_passes_does_not_cost_the_newest_checkpoint(
+    code: int,
+    quoted: bool,
+    no_pauses: None,
+    two_checkpoints: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, folder)
+    read = ocp.CheckpointManager.restore
+    failures = [OSError(code, os.strerror(code)), ValueError(f"UNKNOWN: [os_error_code='{code}']")]
+
+    def fail_twice(*args: Any, **kwargs: Any) -> Any:
+        if failures_left:
+            failures_left.pop()
+            raise failures[quoted]
+        return read(*args, **kwargs)
+
+    failures_left = [1, 2]
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail_twice)
+    restored = restore(folder, abstract(state_of("sgd")))
+    assert restored.record == {"at": 2}
+    assert not restored.damaged
+    assert not (tmp_path / "damaged").exists()
+
+
+UNREADABLE_FILES = ["record/metadata", "state/_METADATA", "state/manifest.ocdbt"]
+
+
+@after_failed_reads
+@pytest.mark.parametrize("name", UNREADABLE_FILES)
+def test_a_file_that_cannot_be_read_is_an_error_that_moves_nothing(
+    name: str, no_pauses: None, two_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, folder)
+    path = folder / "2" / name
+    path.unlink()
+    # Linux answers a read at its beginning with EIO, and the opening of a circle with ELOOP.
+    path.symlink_to(path if path.suffix == ".ocdbt" else "/proc/self/mem")
+    with pytest.raises(OSError, match="checkpoint of step 2 cannot be read, after 3 attempts"):
+        restore(folder, abstract(state_of("sgd")))
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_folder_without_checkpoints_cannot_be_restored(tmp_path: Path) -> None:
