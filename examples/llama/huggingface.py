@@ -7,12 +7,13 @@ and matrices as (out, in); ours are stacked over the layers and (in, out).
 
 import functools
 import json
+import operator
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -20,7 +21,7 @@ import safetensors.numpy
 from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.model import Params, init_params
 
-__all__ = ["load_llama", "save_llama"]
+__all__ = ["StoredModel", "describe_llama", "load_llama", "save_llama"]
 
 _TENSOR_NAMES = {
     "embed.embedding": "model.embed_tokens.weight",
@@ -44,44 +45,84 @@ _ONLY_SUPPORTED: dict[str, Any] = {
     "mlp_bias": False,
 }
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def load_llama(folder: str | os.PathLike[str]) -> tuple[LlamaConfig, Params]:
-    """Reads a LLaMA checkpoint of Hugging Face's format.
+class StoredModel(NamedTuple):
+    """What a checkpoint holds, without its weights.
 
-    Args:
-        folder: the checkpoint's folder. A head tied to the embedding is copied from it.
+    Attributes:
+        config: the model's shape.
+        dtype: the dtype of the embedding, as a NumPy name; that of all tensors as a rule.
+    """
 
-    Returns:
-        The model's shape, and its parameters as `init_params` lays them out, in the dtypes in which
-        they are stored.
+    config: LlamaConfig
+    dtype: str
+
+
+def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
+    """Checks a LLaMA checkpoint of Hugging Face's format, and reads no weights.
 
     Raises:
         ValueError: if the folder holds no such checkpoint, if its configuration needs what `Llama`
             does not have (the field is named), or if a tensor is missing or has another shape or
             a dtype that is not floating-point (the tensor is named).
     """
-    folder = Path(folder)
-    settings = _read_json(folder / "config.json")
-    config = _config_from_settings(settings)
-    files = _tensor_files(folder)
-    names = dict(_TENSOR_NAMES)
-    if settings.get("tie_word_embeddings"):
-        names["lm_head.kernel"] = names["embed.embedding"]
-
-    def load_leaf(path: jax.tree_util.KeyPath, expected: jax.ShapeDtypeStruct) -> jax.Array:
+    config, tensors = _open_checkpoint(Path(folder))
+    for path, expected in jax.tree.leaves_with_path(_expected_leaves(config)):
         leaf_name = _leaf_name(path)
-        template = names[leaf_name]
-        if "{layer}" not in template:
-            shape = _stored_shape(leaf_name, expected.shape)
-            return jnp.asarray(_transposed(leaf_name, _read_tensor(files, template, shape)))
-        shape = _stored_shape(leaf_name, expected.shape[1:])
-        layers = [
-            _transposed(leaf_name, _read_tensor(files, template.format(layer=layer), shape))
-            for layer in range(config.num_layers)
-        ]
-        return jnp.asarray(np.stack(layers))
+        for layer in range(config.num_layers) if leaf_name.startswith("blocks.") else [0]:
+            dtype = tensors.check(leaf_name, expected, layer)
+            if leaf_name == "embed.embedding":
+                stored = dtype
+    return StoredModel(config, stored)
+
+
+def load_llama(
+    folder: str | os.PathLike[str],
+    *,
+    convert: Callable[[Params], Params] = lambda params: params,
+    shardings: Params | None = None,
+) -> tuple[LlamaConfig, Params]:
+    """Reads a LLaMA checkpoint of Hugging Face's format, one parameter after another.
+
+    The host's memory holds one converted parameter of all layers, and one tensor of the checkpoint.
+
+    Args:
+        folder: the checkpoint's folder. A head tied to the embedding is copied from it.
+        convert: applied to one tensor at a time, in the nested dict of its names within a layer (or
+            outside of the layers), such as a quantization; in the dtype in which it is stored.
+        shardings: where each converted parameter goes; the default device if None.
+
+    Returns:
+        The model's shape, and its parameters as `init_params` lays them out.
+
+    Raises:
+        ValueError: as `describe_llama`.
+    """
+    config, tensors = _open_checkpoint(Path(folder))
+
+    def load_leaf(path: jax.tree_util.KeyPath, expected: jax.ShapeDtypeStruct) -> Any:
+        leaf_name = _leaf_name(path)
+        whole_path = leaf_name.split(".")
+        layered = whole_path[0] == "blocks"
+        names = whole_path[layered:]
+        whole = None
+        for layer in range(config.num_layers) if layered else [0]:
+            tensor = tensors.read(leaf_name, expected, layer)
+            converted = jax.device_get(_at(convert(_nested(names, tensor)), names))
+            if not layered:
+                whole = converted
+                break
+            if whole is None:
+                whole = jax.tree.map(
+                    lambda part: np.empty((config.num_layers, *part.shape), part.dtype), converted
+                )
+            jax.tree.map(
+                lambda part, of_layer, i=layer: np.copyto(part[i], of_layer), whole, converted
+            )
+        placed = jax.device_put(whole, None if shardings is None else _at(shardings, whole_path))
+        return jax.block_until_ready(placed)
 
     return config, jax.tree.map_with_path(load_leaf, _expected_leaves(config))
 
@@ -122,10 +163,6 @@ def _leaf_name(path: jax.tree_util.KeyPath) -> str:
 
 def _transposed(leaf_name: str, array: np.ndarray) -> np.ndarray:
     return array.T if leaf_name.endswith(".kernel") else array
-
-
-def _stored_shape(leaf_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if leaf_name.endswith(".kernel") else shape
 
 
 def _expected_leaves(config: LlamaConfig) -> Params:
@@ -245,6 +282,59 @@ def _settings_from_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     return settings
 
 
+class _Tensors(NamedTuple):
+    """The tensors of a checkpoint: the file of each, and the name that each parameter has there."""
+
+    files: dict[str, Path]
+    names: dict[str, str]
+
+    def check(self, leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int) -> str:
+        """Returns the dtype of a tensor that has the shape it should have."""
+        name = self.names[leaf_name].format(layer=layer)
+        if name not in self.files:
+            raise ValueError(f"the checkpoint has no tensor {name}; its config.json implies it.")
+        shape = expected.shape[leaf_name.startswith("blocks.") :]
+        shape = shape[::-1] if leaf_name.endswith(".kernel") else shape
+        with _open(self.files[name]) as tensors:
+            header = tensors.get_slice(name)
+        if tuple(header.get_shape()) != shape:
+            raise ValueError(
+                f"the tensor {name} has the shape {tuple(header.get_shape())}; config.json implies "
+                f"{shape}."
+            )
+        if header.get_dtype() not in _FLOATS:
+            raise ValueError(
+                f"the tensor {name} is {header.get_dtype()}; supported are {', '.join(_FLOATS)}, "
+                "without quantization."
+            )
+        return _FLOATS[header.get_dtype()]
+
+    def read(self, leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int) -> np.ndarray:
+        """Returns a tensor as `init_params` lays it out."""
+        self.check(leaf_name, expected, layer)
+        name = self.names[leaf_name].format(layer=layer)
+        with _open(self.files[name]) as tensors:
+            return _transposed(leaf_name, tensors.get_tensor(name))
+
+
+def _open_checkpoint(folder: Path) -> tuple[LlamaConfig, _Tensors]:
+    settings = _read_json(folder / "config.json")
+    config = _config_from_settings(settings)
+    names = dict(_TENSOR_NAMES)
+    if settings.get("tie_word_embeddings"):
+        names["lm_head.kernel"] = names["embed.embedding"]
+    return config, _Tensors(_tensor_files(folder), names)
+
+
+def _nested(names: Sequence[str], leaf: Any) -> Any:
+    """Returns the nested dict that has nothing but this leaf, below these names."""
+    return functools.reduce(lambda inner, name: {name: inner}, reversed(names), leaf)
+
+
+def _at(tree: Any, names: Sequence[str]) -> Any:
+    return functools.reduce(operator.getitem, names, tree)
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Returns the file of every tensor by the tensor's name; one file goes before an index."""
     single = folder / "model.safetensors"
@@ -271,20 +361,3 @@ def _open(file: Path) -> Any:
         return safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}.") from error
-
-
-def _read_tensor(files: dict[str, Path], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in files:
-        raise ValueError(f"the checkpoint has no tensor {name}; its config.json implies it.")
-    with _open(files[name]) as tensors:
-        tensor = tensors.get_tensor(name)
-    if tensor.shape != shape:
-        raise ValueError(
-            f"the tensor {name} has the shape {tensor.shape}; config.json implies {shape}."
-        )
-    if tensor.dtype.name not in _FLOATS:
-        raise ValueError(
-            f"the tensor {name} is {tensor.dtype.name}; supported are {', '.join(_FLOATS)}, "
-            "without quantization."
-        )
-    return tensor

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from examples.llama.config import MODELS, LlamaConfig, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
 from examples.llama.files import replaced
-from examples.llama.huggingface import load_llama
+from examples.llama.huggingface import describe_llama
 from examples.llama.interruption import caught_signals
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
@@ -228,7 +228,7 @@ def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenize
 def _model(config: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
     if config.model.load is None:
         return dataclasses.replace(MODELS[config.model.name], vocab_size=tokenizer.vocab_size)
-    model, _ = load_llama(config.model.load)
+    model = describe_llama(config.model.load).config
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids, the model in {config.model.load} "

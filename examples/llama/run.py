@@ -51,6 +51,7 @@ __all__ = [
     "Run",
     "TooManySkippedError",
     "has_checkpoint",
+    "initial_params",
     "prepare_evaluation",
     "read_result",
     "train_run",
@@ -250,7 +251,7 @@ def _start(run: Run, text: Text, console: rich.console.Console) -> _Start:
     batches = training_batches(text, settings)
     placement = _placement(run)
     if not run.resume:
-        params = _initial_params(run, placement)
+        params = initial_params(run)
         # Donated, so that no second copy of the weights exists.
         init = jax.jit(init_state, donate_argnums=0, out_shardings=placement.state)
         return _Start(init(params), batches, 0.0)
@@ -317,8 +318,13 @@ def _new_params(settings: RunSettings, seed: int | jax.Array | None = None) -> m
     )
 
 
-def _initial_params(run: Run, placement: _Placement) -> model.Params:
-    settings = run.settings
+def initial_params(run: Run) -> model.Params:
+    """Returns the weights before the first step, new or loaded, where and as the run trains them.
+
+    Raises:
+      ValueError: If the checkpoint to load is not as it was when the run was prepared.
+    """
+    settings, placement = run.settings, _placement(run)
     if settings.load is None and run.mesh is None:
         return _new_params(settings)
     if settings.load is None:
@@ -326,12 +332,15 @@ def _initial_params(run: Run, placement: _Placement) -> model.Params:
             lambda seed: _new_params(settings, seed), out_shardings=placement.params
         )
         return new_params(settings.seed)
+    keep = training(settings).keep
+
+    def convert(params: model.Params) -> model.Params:
+        return keep(jax.tree.map(lambda leaf: leaf.astype(_FLOATS[settings.weights]), params))
+
     # In the host's memory: the float weights may not fit on the device.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        _, params = load_llama(settings.load)
-        params = jax.tree.map(lambda leaf: leaf.astype(_FLOATS[settings.weights]), params)
-        params = training(settings).keep(params)
-    return jax.device_put(params, placement.params)
+        _, params = load_llama(settings.load, convert=convert, shardings=placement.params)
+    return params
 
 
 class _Kept(NamedTuple):

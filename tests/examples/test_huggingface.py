@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from apollo_optax import quantization
 from examples.llama import model
 from examples.llama.config import LlamaConfig, RopeScaling
-from examples.llama.huggingface import load_llama, save_llama
+from examples.llama.huggingface import describe_llama, load_llama, save_llama
 
 GROUPED = LlamaConfig(
     vocab_size=31,
@@ -146,6 +148,52 @@ def test_the_rotary_base_is_found_in_either_place(folder, rope):
     assert load_llama(folder)[0].rope_theta == 7.0
 
 
+DEEP = dataclasses.replace(GROUPED, intermediate_size=16_384, num_layers=12)
+
+
+def traced_peak_bytes(function):
+    """The largest size of what Python and NumPy allocated at one time."""
+    tracemalloc.start()
+    try:
+        returned = function()
+        return returned, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_loading_holds_one_parameter_of_all_layers_at_a_time(tmp_path):
+    save_llama(tmp_path, DEEP, random_params(DEEP))
+    largest = 4 * DEEP.num_layers * DEEP.hidden_size * DEEP.intermediate_size
+    (_, params), peak_bytes = traced_peak_bytes(lambda: load_llama(tmp_path))
+    assert peak_bytes < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + largest / 2
+
+
+def test_describing_a_checkpoint_reads_no_weights(tmp_path):
+    save_llama(tmp_path, DEEP, random_params(DEEP, jnp.bfloat16))
+    one_matrix = 2 * DEEP.hidden_size * DEEP.intermediate_size
+    arrays = len(jax.live_arrays())
+    description, peak_bytes = traced_peak_bytes(lambda: describe_llama(tmp_path))
+    assert description == (DEEP, "bfloat16")
+    assert peak_bytes < one_matrix
+    assert len(jax.live_arrays()) == arrays
+
+
+def test_parameters_are_converted_one_tensor_at_a_time_and_placed(folder):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    expected = quantization.quantize(random_params(GROUPED))
+    shardings = jax.tree.map(lambda _: device, expected)
+    seen = []
+
+    def convert(params):
+        seen.extend(leaf.ndim for leaf in jax.tree.leaves(params))
+        return quantization.quantize(params)
+
+    _, params = load_llama(folder, convert=convert, shardings=shardings)
+    assert max(seen) == 2
+    assert_equal_params(params, expected)
+    assert all(leaf.sharding == device for leaf in jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -175,13 +223,15 @@ def test_an_unsupported_configuration_is_refused_by_field(folder, changes, messa
             {"model.layers.2.mlp.up_proj.weight": np.ones((16, 24), np.float32)},
             r"model.layers.2.mlp.up_proj.weight has the shape \(16, 24\); .* implies \(24, 16\)",
         ),
-        ({"lm_head.weight": np.ones((31, 16), np.int8)}, "lm_head.weight is int8"),
+        ({"lm_head.weight": np.ones((31, 16), np.int8)}, "lm_head.weight is I8; supported are F16"),
     ],
 )
 def test_an_unusable_tensor_is_refused_by_name(folder, changes, message):
     change_tensors(folder, **changes)
     with pytest.raises(ValueError, match=message):
         load_llama(folder)
+    with pytest.raises(ValueError, match=message):
+        describe_llama(folder)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
