@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from benchmarks.rows import RESULTS, Row, write_rows
 from examples.llama.config import MODELS, parameter_count
-from examples.llama.huggingface import save_llama
+from examples.llama.huggingface import describe_llama, save_llama
 from examples.llama.model import init_params
 from examples.llama.options import ModelOptions, PretrainConfig, TrainingOptions, resolve
 from examples.llama.run import Run, initial_params
@@ -46,7 +46,7 @@ def peak_bytes_of_loading(folder: Path, weights: str) -> int:
         model=ModelOptions(load=folder, weights=weights),  # type: ignore[arg-type]
         training=TrainingOptions(update=update),  # type: ignore[arg-type]
     )
-    settings = resolve(config, "apollo_mini", MODEL, data="none", text_digest="")
+    settings = resolve(config, "apollo_mini", describe_llama(folder), data="none", text_digest="")
     jnp.zeros(1).block_until_ready()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = _resident_bytes("VmRSS")

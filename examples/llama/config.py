@@ -14,6 +14,7 @@ __all__ = [
     "LlamaConfig",
     "PaperSettings",
     "RopeScaling",
+    "fine_tuning_settings",
     "non_embedding_parameter_count",
     "paper_settings",
     "parameter_count",
@@ -152,7 +153,7 @@ def parameter_count(config: LlamaConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PaperSettings:
-    """How the paper pre-trains one model on C4; the defaults are what all its sizes share.
+    """How a model is trained; the defaults are what all sizes of the paper's pre-training share.
 
     Attributes:
         steps: optimizer steps.
@@ -212,6 +213,30 @@ PRESETS: dict[str, PaperSettings] = {
 same recipe cut down to 400 steps of 4,096 tokens, in micro-batches whose activations suit a CPU's
 caches better. Its warm-up and alphas are from `benchmarks/results/nano_learning_rates.json`: so
 short a run needs more of it for warm-up."""
+
+
+def fine_tuning_settings(config: LlamaConfig, *, steps: int, dtype: str) -> PaperSettings:
+    """Returns how a loaded model is trained unless told otherwise.
+
+    Rank, scales, learning rate of APOLLO and batch are those of the paper's fine-tuning of
+    LLaMA-3.2-1B; APOLLO-Mini's scale is smaller for matrices narrower than 128, where the paper's
+    would give updates larger than Adam's.
+
+    Args:
+        config: the loaded model's shape.
+        steps: optimizer steps.
+        dtype: in which the weights are stored, as a NumPy name.
+    """
+    return PaperSettings(
+        steps=steps,
+        rank=min(32, max(1, config.hidden_size // 4)),
+        alpha_apollo=math.sqrt(5),
+        alpha_mini=math.sqrt(min(128, config.hidden_size)),
+        sequences_per_batch=32,
+        micro_batches=4,
+        learning_rate=3e-4,
+        dtype=dtype,
+    )
 
 
 def paper_settings(model_name: str) -> PaperSettings:

@@ -54,10 +54,12 @@ class StoredModel(NamedTuple):
     Attributes:
         config: the model's shape.
         dtype: the dtype of the embedding, as a NumPy name; that of all tensors as a rule.
+        longest_context: the most tokens it is made for, or None if the checkpoint does not say.
     """
 
     config: LlamaConfig
     dtype: str
+    longest_context: int | None = None
 
 
 def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
@@ -75,7 +77,8 @@ def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
             dtype = tensors.check(leaf_name, expected, layer)
             if leaf_name == "embed.embedding":
                 stored = dtype
-    return StoredModel(config, stored)
+    context = _read_json(Path(folder) / "config.json").get("max_position_embeddings")
+    return StoredModel(config, stored, context)
 
 
 def load_llama(

@@ -14,8 +14,10 @@ import apollo_optax
 __all__ = [
     "DEFAULT_ALPHAS",
     "DEFAULT_LEARNING_RATES",
+    "FINE_TUNING_LEARNING_RATES",
     "FLOAT32_MOMENTS",
     "OPTIMIZERS",
+    "OPTIONS_OF",
     "OptimizerName",
     "OptimizerSettings",
     "ProjectionName",
@@ -44,6 +46,12 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
 `benchmarks/results/nano_learning_rates.json`, for the others those of
 `benchmarks/results/convergence.json`."""
 
+FINE_TUNING_LEARNING_RATES: dict[str, float] = {
+    name: rate / 100 for name, rate in DEFAULT_LEARNING_RATES.items()
+} | {"apollo": 3e-4, "apollo_mini": 3e-4}
+"""Peak learning rates of loaded models: AdamW's usual 2e-5, a hundredth of that of a small new
+model, and as much for the others; for APOLLO and APOLLO-Mini those of the paper's fine-tuning."""
+
 DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
 """What each paper multiplies the updates of projected matrices by."""
 
@@ -51,6 +59,19 @@ FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini")
 """Optimizers whose moments are float32 whatever the weights are."""
 
 OPTIMIZERS: tuple[OptimizerName, ...] = tuple(DEFAULT_LEARNING_RATES)  # type: ignore[arg-type]
+
+
+OPTIONS_OF: dict[str, tuple[OptimizerName, ...]] = {
+    "rank": ("apollo", "galore"),
+    "alpha": ("apollo", "apollo_mini", "galore"),
+    "update_proj_gap": ("apollo", "apollo_mini", "galore"),
+    "granularity": ("apollo",),
+    "projection": ("apollo", "apollo_mini"),
+    "norm_growth_limit": ("apollo", "apollo_mini"),
+    "project_embeddings": ("apollo", "apollo_mini", "galore", "muon"),
+    "momentum": ("sgd",),
+}
+"""The settings that not every optimizer has, and which have them."""
 
 
 @dataclasses.dataclass(frozen=True)

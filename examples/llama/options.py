@@ -1,14 +1,24 @@
 """The command line of `pretrain`, and the settings of a run that it comes to."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from examples.llama.config import MODELS, PRESETS, LlamaConfig, PaperSettings, paper_settings
+from examples.llama.config import (
+    MODELS,
+    PRESETS,
+    LlamaConfig,
+    PaperSettings,
+    fine_tuning_settings,
+    paper_settings,
+)
+from examples.llama.huggingface import StoredModel
 from examples.llama.optimizers import (
     DEFAULT_LEARNING_RATES,
+    FINE_TUNING_LEARNING_RATES,
     OPTIMIZERS,
     OptimizerName,
     OptimizerSettings,
@@ -59,7 +69,8 @@ class ModelOptions:
     Attributes:
       name: Size of the LLaMA. Steps, batch, sequence, rank and alpha default to this model's.
       preset: The paper's learning rate and bf16 too, for the models the paper trains.
-      load: Folder of a Hugging Face LLaMA to start from, instead of a new --model.
+      load: Folder of a Hugging Face LLaMA to fine-tune, instead of a new --model. The defaults are
+        then the paper's for fine-tuning, and 3 times through the text.
       weights: Dtype of the weights; bf16 and int8 weights are rounded stochastically. int8, in
         groups of 128, goes with --update layerwise.
       compute: Dtype of the matrix products.
@@ -69,7 +80,9 @@ class ModelOptions:
     name: Annotated[ModelName, tyro.conf.arg(name="model")] = "nano"
     preset: Literal["none", "paper"] = "none"
     load: Annotated[Path | None, _default("FOLDER", "none")] = None
-    weights: Annotated[Weights | None, _default("{f32,bf16,int8}", "f32, or the preset's")] = None
+    weights: Annotated[
+        Weights | None, _default("{f32,bf16,int8}", "f32, or the preset's, or --load's")
+    ] = None
     compute: Annotated[
         Precision | None, _default("{f32,bf16}", "that of the weights; bf16 for int8")
     ] = None
@@ -102,12 +115,17 @@ class OptimizerOptions:
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "apollo"
     compare: Annotated[str | None, _default("NAME,NAME,...", "none")] = None
-    learning_rate: Annotated[float | None, _default("FLOAT", "the optimizer's own")] = None
+    learning_rate: Annotated[
+        float | None, _default("FLOAT", "the optimizer's own; smaller with --load")
+    ] = None
     warmup_fraction: Annotated[float | None, _default("FLOAT", "0.1; nano: 0.3")] = None
     weight_decay: Annotated[float | None, _default("FLOAT", "0")] = None
     clip: float = 0.0
-    rank: Annotated[int | None, _default("INT", "a quarter of the hidden size")] = None
-    alpha: Annotated[float | None, _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4")] = None
+    rank: Annotated[int | None, _default("INT", "a quarter of the hidden size; --load: 32")] = None
+    alpha: Annotated[
+        float | None,
+        _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4; --load: sqrt 5, sqrt 128, 1/4"),
+    ] = None
     update_proj_gap: Annotated[int | None, _default("INT", "200")] = None
     granularity: Literal["channel", "tensor"] = "channel"
     projection: ProjectionName = "gaussian"
@@ -140,10 +158,12 @@ class TrainingOptions:
       seed: Seed of weights, data order, projections, stochastic rounding and text sample.
     """
 
-    steps: Annotated[int | None, _default("INT", "the paper's; nano: 400; others: 10,000")] = None
-    batch: Annotated[int | None, _default("INT", "512; nano: 32")] = None
+    steps: Annotated[
+        int | None, _default("INT", "the paper's; nano: 400; others: 10,000; --load: 3 epochs")
+    ] = None
+    batch: Annotated[int | None, _default("INT", "512; nano, --load: 32")] = None
     sequence: Annotated[int | None, _default("INT", "256; nano: 128")] = None
-    micro_batches: Annotated[int | None, _default("INT", "1; nano: 2")] = None
+    micro_batches: Annotated[int | None, _default("INT", "1; nano: 2; --load: 4")] = None
     update: Literal["standard", "layerwise"] = "standard"
     mesh: Annotated[str | None, _default("data=N,fsdp=N,tensor=N", "the first device")] = None
     spike_limit: float = 3.0
@@ -323,12 +343,18 @@ class RunSettings:
 
 
 def check_options(config: PretrainConfig) -> None:
-    """Checks what decides no numbers: how often, how many, how long.
+    """Checks what goes together, and what decides no numbers: how often, how many, how long.
 
     Raises:
-      ValueError: If a value is out of range.
+      ValueError: If a value is out of range, or does not go with another.
     """
-    training, output = config.training, config.output
+    model, training, output = config.model, config.training, config.output
+    if model.load is not None and (model.name, model.preset) != ("nano", "none"):
+        flag = "--preset" if model.preset != "none" else "--model"
+        raise ValueError(
+            f"{flag} chooses a new model, and --load {model.load} brings one; leave {flag} out, or "
+            "--load"
+        )
     lowest = {
         "--spike-limit": (training.spike_limit, 0),
         "--most-skipped": (training.most_skipped, 1),
@@ -368,7 +394,25 @@ def compared_optimizers(options: OptimizerOptions) -> tuple[OptimizerName, ...]:
     return tuple(known[name] for name in names)
 
 
-def _defaults(options: ModelOptions) -> PaperSettings:
+_EPOCHS = 3
+_STEPS_ON_A_STREAM = 1000
+
+
+def _defaults(
+    config: PretrainConfig, stored: StoredModel, text_tokens: int | None
+) -> PaperSettings:
+    options, training = config.model, config.training
+    if options.load is not None:
+        settings = fine_tuning_settings(stored.config, steps=_STEPS_ON_A_STREAM, dtype=stored.dtype)
+        context = stored.longest_context or settings.sequence_length
+        sequence = min(settings.sequence_length, context)
+        settings = dataclasses.replace(settings, sequence_length=sequence)
+        if text_tokens is not None:
+            batch = _first(training.batch, settings.sequences_per_batch)
+            tokens_per_step = max(1, batch * _first(training.sequence, sequence))
+            steps = max(1, _EPOCHS * text_tokens // tokens_per_step)
+            settings = dataclasses.replace(settings, steps=steps)
+        return settings
     if options.preset == "paper":
         return paper_settings(options.name)
     defaults = PRESETS.get(options.name)
@@ -378,16 +422,23 @@ def _defaults(options: ModelOptions) -> PaperSettings:
 
 
 def resolve(
-    config: PretrainConfig, name: OptimizerName, model: LlamaConfig, *, data: str, text_digest: str
+    config: PretrainConfig,
+    name: OptimizerName,
+    stored: StoredModel,
+    *,
+    data: str,
+    text_digest: str,
+    text_tokens: int | None = None,
 ) -> RunSettings:
-    """Fills what was left out with the preset's and the model's defaults.
+    """Fills what was left out with the preset's, the model's or fine-tuning's defaults.
 
     Args:
       config: The command line.
       name: Which of the compared optimizers the run is for.
-      model: The model's shape, whose vocabulary is the tokenizer's or that of the loaded weights.
+      stored: The model, whose vocabulary is the tokenizer's or that of the loaded weights.
       data: What the text is, by name.
       text_digest: Digest of the training tokens.
+      text_tokens: How many training tokens there are; None for a stream.
 
     Returns:
       The settings of the run.
@@ -395,18 +446,22 @@ def resolve(
     Raises:
       ValueError: If a setting is out of range, or the paper has none for the model.
     """
-    defaults = _defaults(config.model)
+    defaults = _defaults(config, stored, text_tokens)
     weights = config.model.weights or ("bf16" if defaults.dtype == "bfloat16" else "f32")
+    batch = _first(config.training.batch, defaults.sequences_per_batch)
     return RunSettings(
-        model=model,
+        model=stored.config,
         load=None if config.model.load is None else str(config.model.load),
         weights=weights,
         compute=config.model.compute or ("bf16" if weights == "int8" else weights),
         remat=config.model.remat,
-        optimizer=_optimizer_settings(config, name, model, defaults),
-        batch=_first(config.training.batch, defaults.sequences_per_batch),
+        optimizer=_optimizer_settings(config, name, defaults),
+        batch=batch,
         sequence=_first(config.training.sequence, defaults.sequence_length),
-        micro_batches=_micro_batches(config.training, defaults),
+        micro_batches=_first(
+            config.training.micro_batches,
+            1 if config.training.update == "layerwise" else math.gcd(batch, defaults.micro_batches),
+        ),
         update=config.training.update,
         spike_limit=config.training.spike_limit,
         seed=config.training.seed,
@@ -415,29 +470,24 @@ def resolve(
     )
 
 
-def _micro_batches(training: TrainingOptions, defaults: PaperSettings) -> int:
-    if training.update == "layerwise":
-        return _first(training.micro_batches, 1)
-    return _first(training.micro_batches, defaults.micro_batches)
-
-
 def _optimizer_settings(
-    config: PretrainConfig, name: OptimizerName, model: LlamaConfig, defaults: PaperSettings
+    config: PretrainConfig, name: OptimizerName, defaults: PaperSettings
 ) -> OptimizerSettings:
     options = config.optimizer
     is_apollo = name in ("apollo", "apollo_mini")
     paper_rate = defaults.learning_rate if config.model.preset == "paper" and is_apollo else None
+    loads = config.model.load is not None
+    learning_rates = FINE_TUNING_LEARNING_RATES if loads else DEFAULT_LEARNING_RATES
     alphas = {"apollo": defaults.alpha_apollo, "apollo_mini": defaults.alpha_mini}
-    rank = defaults.rank if config.model.load is None else max(1, model.hidden_size // 4)
     return OptimizerSettings(
         name=name,
-        learning_rate=_first(options.learning_rate, paper_rate, DEFAULT_LEARNING_RATES[name]),
+        learning_rate=_first(options.learning_rate, paper_rate, learning_rates[name]),
         total_steps=_first(config.training.steps, defaults.steps),
         warmup_fraction=_first(options.warmup_fraction, defaults.warmup_fraction),
         final_fraction=defaults.final_learning_rate_fraction,
         weight_decay=_first(options.weight_decay, defaults.weight_decay),
         clip=options.clip,
-        rank=_first(options.rank, rank),
+        rank=_first(options.rank, defaults.rank),
         alpha=_first(options.alpha, alphas.get(name, _GALORE_ALPHA)),
         update_proj_gap=_first(options.update_proj_gap, defaults.update_proj_gap),
         granularity=options.granularity,

@@ -14,10 +14,10 @@ import rich.console
 import tyro
 from jax.sharding import Mesh
 
-from examples.llama.config import MODELS, LlamaConfig, parameter_count
+from examples.llama.config import MODELS, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
 from examples.llama.files import replaced
-from examples.llama.huggingface import describe_llama
+from examples.llama.huggingface import StoredModel, describe_llama
 from examples.llama.interruption import caught_signals
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
@@ -40,6 +40,7 @@ from examples.llama.run import (
     read_result,
     train_run,
 )
+from examples.llama.summary import optimizer_line, settings_lines
 from examples.llama.text import Text, read_text, training_batches, validation_batches
 from examples.llama.tokenizer import Tokenizer, load_tokenizer
 
@@ -160,10 +161,18 @@ def prepare(config: PretrainConfig) -> Plan:
     folder = config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
     corpus = load_corpus(config.data.source)
     tokenizer = _tokenizer(config, corpus, folder)
-    model = _model(config, tokenizer)
+    stored = _model(config, tokenizer)
     text = read_text(corpus, tokenizer)
     settings = [
-        resolve(config, name, model, data=text.name, text_digest=text.digest) for name in names
+        resolve(
+            config,
+            name,
+            stored,
+            data=text.name,
+            text_digest=text.digest,
+            text_tokens=text.train_tokens,
+        )
+        for name in names
     ]
     for each in settings:
         make_optimizer(each.optimizer)
@@ -225,16 +234,17 @@ def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenize
     return load_tokenizer(spec, corpus.train)
 
 
-def _model(config: PretrainConfig, tokenizer: Tokenizer) -> LlamaConfig:
+def _model(config: PretrainConfig, tokenizer: Tokenizer) -> StoredModel:
     if config.model.load is None:
-        return dataclasses.replace(MODELS[config.model.name], vocab_size=tokenizer.vocab_size)
-    model = describe_llama(config.model.load).config
-    if tokenizer.vocab_size > model.vocab_size:
+        shape = MODELS[config.model.name]
+        return StoredModel(dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), "float32")
+    stored = describe_llama(config.model.load)
+    if tokenizer.vocab_size > stored.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids, the model in {config.model.load} "
-            f"{model.vocab_size:,}; give the --tokenizer that belongs to it"
+            f"{stored.config.vocab_size:,}; give the --tokenizer that belongs to it"
         )
-    return model
+    return stored
 
 
 def train_all(
@@ -257,8 +267,8 @@ def train_all(
     Raises:
       OSError: If the disk is full.
     """
-    shape = plan.runs[0].settings.model
-    console.print(f"{parameter_count(shape):,} parameters, trained on {plan.text.name}")
+    for line in settings_lines(plan.runs[0].settings, plan.runs[0].mesh):
+        console.print(line)
     plan.folder.mkdir(parents=True, exist_ok=True)
     if writes_files():
         with replaced(plan.folder / _TOKENIZER) as partial:
@@ -269,6 +279,7 @@ def train_all(
         if output.export is not None and len(plan.runs) > 1:
             output = dataclasses.replace(output, export=output.export / run.settings.optimizer.name)
         exported = output.export is None or output.export.exists()
+        console.print(f"{optimizer_line(run.settings)}; to {run.folder}")
         result = read_result(run) if exported else None
         result = result or train_run(
             run,

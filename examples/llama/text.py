@@ -39,6 +39,11 @@ class Text(NamedTuple):
             return ""
         return hashlib.blake2b(self.train.tobytes(), digest_size=8).hexdigest()
 
+    @property
+    def train_tokens(self) -> int | None:
+        """Ids of the training documents; None for a stream."""
+        return None if isinstance(self.train, grain.IterDataset) else len(self.train)
+
 
 def read_text(corpus: Corpus, tokenizer: Tokenizer) -> Text:
     """Encodes a corpus; of a streamed one only the validation documents."""

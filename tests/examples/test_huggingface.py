@@ -173,7 +173,7 @@ def test_describing_a_checkpoint_reads_no_weights(tmp_path):
     one_matrix = 2 * DEEP.hidden_size * DEEP.intermediate_size
     arrays = len(jax.live_arrays())
     description, peak_bytes = traced_peak_bytes(lambda: describe_llama(tmp_path))
-    assert description == (DEEP, "bfloat16")
+    assert description == (DEEP, "bfloat16", None)
     assert peak_bytes < one_matrix
     assert len(jax.live_arrays()) == arrays
 
@@ -182,7 +182,7 @@ def test_parameters_are_converted_one_tensor_at_a_time_and_placed(folder):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     expected = quantization.quantize(random_params(GROUPED))
     shardings = jax.tree.map(lambda _: device, expected)
-    seen = []
+    seen: list[int] = []
 
     def convert(params):
         seen.extend(leaf.ndim for leaf in jax.tree.leaves(params))

@@ -1,9 +1,11 @@
 import dataclasses
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from examples.llama.config import MODELS
+from examples.llama.huggingface import StoredModel
 from examples.llama.optimizers import DEFAULT_LEARNING_RATES, OPTIMIZERS, OptimizerName
 from examples.llama.options import (
     ModelName,
@@ -20,12 +22,12 @@ from examples.llama.options import (
 
 def resolved(name: Any, model: str = "nano", **options: Any) -> RunSettings:
     config = PretrainConfig(model=ModelOptions(name=model), **options)  # type: ignore[arg-type]
-    return resolve(config, name, MODELS[model], data="text", text_digest="")
+    return resolve(config, name, StoredModel(MODELS[model], "float32"), data="text", text_digest="")
 
 
 def paper(name: Any, model: str, **options: Any) -> RunSettings:
     config = PretrainConfig(model=ModelOptions(name=model, preset="paper"), **options)  # type: ignore[arg-type]
-    return resolve(config, name, MODELS[model], data="text", text_digest="")
+    return resolve(config, name, StoredModel(MODELS[model], "float32"), data="text", text_digest="")
 
 
 def test_the_command_line_offers_every_model_and_every_optimizer() -> None:
@@ -78,6 +80,58 @@ def test_every_model_has_defaults(model: str) -> None:
     run = resolved("apollo", model)
     assert (run.weights, run.compute) == ("f32", "f32")
     assert run.optimizer.rank == (256 if model == "7b" else MODELS[model].hidden_size // 4)
+
+
+def fine_tuning(
+    name: Any = "apollo",
+    dtype: str = "bfloat16",
+    context: int | None = 8192,
+    text_tokens: int | None = 100_000,
+    **options: Any,
+) -> RunSettings:
+    config = PretrainConfig(model=ModelOptions(load=Path("model")), **options)
+    stored = StoredModel(MODELS["1b"], dtype, context)
+    return resolve(config, name, stored, data="text", text_digest="", text_tokens=text_tokens)
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("apollo", 5**0.5), ("apollo_mini", 128**0.5)])
+def test_a_loaded_model_is_trained_with_the_papers_settings_for_fine_tuning(
+    name: str, alpha: float
+) -> None:
+    run = fine_tuning(name)
+    assert (run.optimizer.learning_rate, run.optimizer.rank) == (3e-4, 32)
+    assert run.optimizer.alpha == pytest.approx(alpha)
+    assert (run.batch, run.weights, run.compute) == (32, "bf16", "bf16")
+
+
+def test_no_optimizer_starts_a_loaded_model_at_a_new_models_learning_rate() -> None:
+    for name in OPTIMIZERS:
+        assert fine_tuning(name).optimizer.learning_rate < DEFAULT_LEARNING_RATES[name] / 50
+    assert fine_tuning("adamw").optimizer.learning_rate == pytest.approx(2e-5)
+
+
+def test_a_loaded_model_sees_its_text_three_times() -> None:
+    run = fine_tuning(training=TrainingOptions(batch=10, sequence=100))
+    assert (run.steps, run.micro_batches) == (300, 2)
+    assert fine_tuning(text_tokens=None).steps == 1000
+    assert fine_tuning(training=TrainingOptions(steps=7)).steps == 7
+
+
+def test_a_loaded_model_is_not_given_more_tokens_than_its_context() -> None:
+    assert fine_tuning(context=64).sequence == 64
+    assert fine_tuning(context=None).sequence == fine_tuning(context=8192).sequence == 256
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("float16", "f32"), ("float32", "f32")])
+def test_weights_that_are_not_bfloat16_are_loaded_as_float32(dtype: str, weights: str) -> None:
+    assert fine_tuning(dtype=dtype).weights == weights
+
+
+@pytest.mark.parametrize(("field", "value"), [("name", "7b"), ("preset", "paper")])
+def test_a_new_model_and_a_loaded_one_are_not_chosen_together(field: str, value: str) -> None:
+    model = ModelOptions(load=Path("model"), **{field: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chooses a new model, and --load model brings one"):
+        check_options(PretrainConfig(model=model))
 
 
 def test_zero_given_is_not_taken_for_left_out() -> None:
@@ -164,4 +218,6 @@ def test_what_layerwise_updates_cannot_do_is_refused(name: Any, options: Any, ma
 def test_int8_weights_need_layerwise_updates() -> None:
     config = PretrainConfig(model=ModelOptions(weights="int8"))
     with pytest.raises(ValueError, match="int8 weights .*add --update layerwise"):
-        resolve(config, "apollo", MODELS["nano"], data="text", text_digest="")
+        resolve(
+            config, "apollo", StoredModel(MODELS["nano"], "float32"), data="text", text_digest=""
+        )

@@ -308,6 +308,29 @@ def test_an_exported_model_is_the_trained_one_and_can_be_trained_on(
     assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-5)
 
 
+def test_an_exported_model_gets_better_with_the_defaults_of_fine_tuning(
+    apollo_run: tuple[Path, str], command: Command, tmp_path: Path
+) -> None:
+    before = read_metrics(apollo_run[0])[-1]["validation_loss"]
+    exported = ["--load", str(apollo_run[0] / "exported"), "--compare", "apollo,apollo_mini,adamw"]
+    code, output = run(command(tmp_path / "run", *exported))
+    assert code == 0
+    for name in ("apollo", "apollo_mini", "adamw"):
+        assert read_metrics(tmp_path / "run" / name)[-1]["validation_loss"] < before
+    assert f"from {apollo_run[0] / 'exported'}; f32 weights" in output
+
+
+def test_a_run_begins_with_the_settings_in_force(apollo_run: tuple[Path, str]) -> None:
+    folder, output = apollo_run
+    *first, optimizer = output.splitlines()[:6]
+    assert [line.split()[0] for line in first] == ["device", "model", "text", "batch", "steps"]
+    assert "cpu, 1 of 8; no accelerator found" in first[0]
+    assert "jax[cuda13]" in first[0]
+    assert first[3].endswith("4 sequences of 16 tokens in 2 micro-batches, standard update")
+    assert optimizer.startswith("apollo: learning rate 0.02, warm-up 30%, rank 32, alpha 1, ")
+    assert optimizer.endswith(f"; to {folder}")
+
+
 def test_compared_optimizers_see_the_same_batches_from_the_same_weights(
     command: Command, tmp_path: Path
 ) -> None:

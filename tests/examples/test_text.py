@@ -7,6 +7,7 @@ import pytest
 
 from examples.llama.config import MODELS
 from examples.llama.corpus import Corpus
+from examples.llama.huggingface import StoredModel
 from examples.llama.options import PretrainConfig, RunSettings, TrainingOptions, resolve
 from examples.llama.text import read_text, training_batches, validation_batches
 from examples.llama.tokenizer import load_tokenizer
@@ -29,7 +30,9 @@ def settings(**sizes: Any) -> RunSettings:
     options: dict[str, Any] = {"batch": 2, "sequence": 8} | sizes
     training = TrainingOptions(**options)
     config = PretrainConfig(training=training)
-    return resolve(config, "sgd", MODELS["nano"], data="small", text_digest="")
+    return resolve(
+        config, "sgd", StoredModel(MODELS["nano"], "float32"), data="small", text_digest=""
+    )
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])

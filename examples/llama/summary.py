@@ -1,0 +1,71 @@
+"""What a run is about to do, in a few lines: device, model, batch, optimizer."""
+
+import jax
+from jax.sharding import Mesh
+
+from examples.llama.config import parameter_count
+from examples.llama.optimizers import OPTIONS_OF
+from examples.llama.options import RunSettings
+
+__all__ = ["optimizer_line", "settings_lines"]
+
+_NO_ACCELERATOR = (
+    "no accelerator found; JAX for one is pip install -U 'jax[cuda13]' (NVIDIA) or 'jax[tpu]'"
+)
+
+
+def settings_lines(settings: RunSettings, mesh: Mesh | None) -> list[str]:
+    """Returns a line each for what compared runs share: device, weights, batch and steps."""
+    source = "new" if settings.load is None else f"from {settings.load}"
+    parts = f" in {settings.micro_batches} micro-batches" if settings.micro_batches > 1 else ""
+    tokens = settings.steps * settings.tokens_per_step
+    return [
+        f"device   {_devices(mesh)}",
+        f"model    {parameter_count(settings.model):,} parameters, {source}; {settings.weights} "
+        f"weights, products in {settings.compute}",
+        f"text     {settings.data}",
+        f"batch    {settings.batch} sequences of {settings.sequence} tokens{parts}, "
+        f"{settings.update} update{', remat' if settings.remat else ''}",
+        f"steps    {settings.steps:,}, {tokens:,} tokens",
+    ]
+
+
+def optimizer_line(settings: RunSettings) -> str:
+    """Returns the optimizer and the settings that it uses.
+
+    >>> from examples.llama.config import MODELS
+    >>> from examples.llama.optimizers import OptimizerSettings
+    >>> settings = RunSettings(
+    ...     model=MODELS["nano"], load=None, weights="f32", compute="f32", remat=False,
+    ...     optimizer=OptimizerSettings("galore", learning_rate=0.04, total_steps=400, rank=32),
+    ...     batch=32, sequence=128, micro_batches=1, update="standard", spike_limit=3.0, seed=0,
+    ...     data="stdlib",
+    ... )
+    >>> print(optimizer_line(settings))
+    galore: learning rate 0.04, warm-up 10%, rank 32, alpha 1, update_proj_gap 200
+    """
+    optimizer = settings.optimizer
+    parts = [
+        f"learning rate {optimizer.learning_rate:g}",
+        f"warm-up {optimizer.warmup_fraction:.0%}",
+    ]
+    if optimizer.weight_decay:
+        parts.append(f"weight decay {optimizer.weight_decay:g}")
+    if optimizer.clip:
+        parts.append(f"clip {optimizer.clip:g}")
+    for name, users in OPTIONS_OF.items():
+        value = getattr(optimizer, name)
+        if optimizer.name in users and value is not False:
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            parts.append(name if value is True else f"{name} {shown}")
+    return f"{optimizer.name}: {', '.join(parts)}"
+
+
+def _devices(mesh: Mesh | None) -> str:
+    devices = jax.devices()
+    if mesh is None:
+        named = f"{devices[0].device_kind}, 1 of {len(devices)}"
+    else:
+        axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+        named = f"{len(devices)} x {devices[0].device_kind}" + (f", {axes}" if axes else "")
+    return f"{named}; {_NO_ACCELERATOR}" if devices[0].platform == "cpu" else named
