@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree
 
 from apollo_optax.layerwise import SQUARES_OVERFLOW
 
@@ -54,8 +54,8 @@ class Outcome(NamedTuple):
 
     loss: Float[Array, ""]
     verdict: Int32[Array, ""]
-    moved: ArrayLike = 0
-    parts: ArrayLike = 0
+    moved: Int32[Array, ""] | int = 0
+    parts: Int32[Array, ""] | int = 0
 
 
 def cause_of(outcome: Outcome) -> str:

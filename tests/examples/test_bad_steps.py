@@ -12,7 +12,7 @@ import pytest
 from apollo_optax import apollo
 from examples.llama import model, train
 from examples.llama.config import MODELS
-from examples.llama.health import CAUSES
+from examples.llama.health import CAUSES, cause_of
 from examples.llama.huggingface import save_llama
 from examples.llama.layered import layered_training
 from examples.llama.metrics import read_metrics
@@ -102,12 +102,14 @@ def test_a_layerwise_step_with_a_loss_that_is_not_finite_changes_nothing(weights
     tokens = np.arange(34, dtype=np.int32).reshape(2, 17)
     state, outcome = training.step(state, tokens)
     assert CAUSES[int(outcome.verdict)] == ""
+    # The layers, norm and head, the embedding.
+    assert outcome.moved == outcome.parts == TINY.num_layers + 2
     norm = state.params["rest"]["norm"]["scale"]
     bad = copied(state)
     bad.params["rest"]["norm"]["scale"] = norm.at[3].set(jnp.inf)
     before = copied(bad)
     after, outcome = training.step(bad, tokens)
-    assert CAUSES[int(outcome.verdict)] == "not finite"
+    assert cause_of(outcome) == "not finite"
     jax.tree.map(np.testing.assert_array_equal, after[1:3], before[1:3])
 
 
