@@ -36,7 +36,6 @@ OPTIMIZERS = {
     "apollo_mini": lambda: apollo_optax.apollo_mini(0.001, 5, 1.0, **SPECS, weight_decay=0.1),
     "adamw": lambda: optax.adamw(optax.linear_schedule(0.01, 0.0, 30), weight_decay=0.1),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9),
-    "lion": lambda: optax.lion(1e-3),
     "injected": lambda: optax.inject_hyperparams(optax.adamw)(0.01, weight_decay=0.1),
     "limited": lambda: optax.chain(
         optax.scale_by_adam(), apollo_optax.limit_norm_growth(**SPECS), optax.scale(-0.01)

@@ -38,6 +38,7 @@ def entries(site: Path) -> set[str]:
     return set(re.findall(r'<dt class="sig[^"]*" id="([^"]+)"', page))
 
 
+@pytest.mark.slow
 def test_every_page_is_built_and_linked_from_the_index(site: Path) -> None:
     index = (site / "index.html").read_text(encoding="utf-8")
     for page in DOCS.glob("*.md"):
@@ -45,10 +46,12 @@ def test_every_page_is_built_and_linked_from_the_index(site: Path) -> None:
         assert page.stem == "index" or f'href="{page.stem}.html"' in index
 
 
+@pytest.mark.slow
 def test_every_public_name_has_an_entry(site: Path) -> None:
     assert {f"apollo_optax.{name}" for name in apollo_optax.__all__} <= entries(site)
 
 
+@pytest.mark.slow
 def test_every_public_name_of_the_modules_has_an_entry(site: Path) -> None:
     named = {
         f"{module.__name__}.{name}"
@@ -63,6 +66,7 @@ def test_every_public_name_of_the_modules_has_an_entry(site: Path) -> None:
     assert named <= entries(site)
 
 
+@pytest.mark.slow
 def test_every_notebook_is_a_page(site: Path) -> None:
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         assert (site / "_notebooks" / f"{notebook.stem}.html").is_file()

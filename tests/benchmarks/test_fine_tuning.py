@@ -36,6 +36,7 @@ def after_steps(tuning: fine_tuning.FineTuning, steps: int) -> tuple[Any, list[f
     return state.params, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_begins_with_the_checkpoint_and_learns(name: str) -> None:
     expected = float(prepared("adamw").loss(prepared("adamw").params, TOKENS))

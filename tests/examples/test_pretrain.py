@@ -94,7 +94,10 @@ MESHED = {
 }
 
 
-@pytest.mark.parametrize("name", MESHED)
+@pytest.mark.parametrize(
+    "name",
+    ["apollo", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHED)[1:])],
+)
 def test_mesh_trains_and_resumes_as_one_device(name: str, command: Command, tmp_path: Path) -> None:
     flags, sizes = MESHED[name], ["--batch", "8", "--checkpoint-every", "3"]
     alone, meshed = tmp_path / "alone", tmp_path / "meshed"
