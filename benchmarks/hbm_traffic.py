@@ -4,8 +4,8 @@
 
 Compiles the update alone, with its weight decay, learning rate and addition to the weights, of the
 matrices of four layers of LLaMA-7B for a TPU v5e and an A100, with every optimizer, in float32 and
-bfloat16. Adds a row each to `results/hbm_traffic.json`. Half an hour on two cores, and always the
-same.
+bfloat16. The layers are stacked unless the name says that they are apart. Adds a row each to
+`results/hbm_traffic.json`. Half an hour on two cores, and always the same.
 
 Words are of the weights' size: 3 for SGD (gradient, weight, new weight), 7 for AdamW. `hbm_words`
 counts what the compiled program reads from and writes to HBM, each operand of an instruction once.
@@ -43,6 +43,7 @@ _MATRIX = ApolloDimensionNumbers(-2, -1)
 # not end with its SVDs within six minutes.
 _GALORE = "GaLore, r = 256"
 _LEFT_OUT = (_GALORE, "tpu-v5e")
+_APART = ", layers apart"
 
 
 def _apollo(rank: int, **options: Any) -> Callable[[], optax.GradientTransformation]:
@@ -72,8 +73,10 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "APOLLO-Mini, kernel": lambda: apollo_optax.apollo_mini(
         _LEARNING_RATE, weight_dimension_numbers=_MATRIX, use_pallas=True
     ),
+    f"APOLLO-Mini{_APART}": lambda: apollo_optax.apollo_mini(_LEARNING_RATE),
     "APOLLO, r = 128": _apollo(128),
     "APOLLO, r = 256": _apollo(256),
+    f"APOLLO, r = 256{_APART}": _apollo(256),
     "APOLLO, r = 256, Rademacher": _apollo(256, projection=apollo_optax.rademacher),
     "APOLLO, r = 128, kernel": _apollo(128, use_pallas=True),
     "APOLLO, r = 256, kernel": _apollo(256, use_pallas=True),
@@ -87,7 +90,9 @@ def _matrices(name: str, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     matrices = dict.fromkeys("qkvo", (hidden, hidden))
     matrices |= {"gate": (hidden, intermediate), "up": (hidden, intermediate)}
     matrices["down"] = (intermediate, hidden)
-    stacked = () if name == _GALORE else (LAYERS,)
+    if name.endswith(_APART):
+        matrices = {f"{key}_{layer}": matrices[key] for layer in range(LAYERS) for key in matrices}
+    stacked = () if name == _GALORE or name.endswith(_APART) else (LAYERS,)
     return {
         matrix: jax.ShapeDtypeStruct((*stacked, *sizes), dtype)
         for matrix, sizes in matrices.items()

@@ -133,12 +133,21 @@ def test_figures_of_the_update_in_the_text_are_those_of_the_results() -> None:
     mini, adamw = (words[name, "float32", "tpu-v5e"] for name in ("APOLLO-Mini", "AdamW"))
     readme = words_of(ROOT / "README.md")
     assert f"APOLLO-Mini takes {over_adamw:.2f} of `optax.adamw`'s time" in readme
-    assert f"moves {mini:.1f} words of memory a parameter where AdamW moves {adamw:g};" in readme
-    plain, adamw = (words[name, "bfloat16", "tpu-v5e"] for name in ("APOLLO, r = 256", "AdamW"))
+    assert f"moves {mini:.1f} words of memory a parameter where AdamW moves {adamw:g}." in readme
+    stacked, apart = (
+        row["compiler_words"]
+        for name in ("APOLLO-Mini", "APOLLO-Mini, layers apart")
+        for row in traffic
+        if (row["optimizer"], row["dtype"], row["target"]) == (name, "float32", "tpu-v5e")
+    )
+    assert f"is {stacked:.1f} with stacked layers and {apart:.1f} with layers apart" in readme
+    names = ("APOLLO, r = 256", "APOLLO, r = 256, kernel", "AdamW")
+    plain, kernel, adamw = (words[name, "bfloat16", "tpu-v5e"] for name in names)
     page = words_of(DOCS / "benchmarks.md")
     assert (
         f"In bfloat16 plain code moves {1 - plain / adamw:.0%} less than AdamW at r = 256" in page
     )
+    assert f"with the kernel it moves {1 - kernel / adamw:.0%} less" in page
 
 
 def test_figures_of_the_micro_batch_in_the_text_are_those_of_the_results() -> None:

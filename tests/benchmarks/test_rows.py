@@ -39,3 +39,9 @@ def test_every_committed_row_names_its_machine_and_versions(path: Path) -> None:
     assert "machine" not in results
     for row in rows:
         assert {"cpu", "cores", "python", "jax", "jaxlib", "optax"} <= set(row.get("machine", ()))
+
+
+def test_all_programs_for_tpus_are_of_one_compiler() -> None:
+    files = [path for path in RESULTS.glob("*.json") if path.name != "nano_comparison.json"]
+    machines = [row["machine"] for path in files for row in read_rows(path)]
+    assert len({machine["libtpu"] for machine in machines if "libtpu" in machine}) == 1
