@@ -5,7 +5,24 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from apollo_optax._paths import Path, spell
+
+# All that take a function or another value that is no number: optax.inject_hyperparams would call
+# the first with the step count and make arrays of the others.
+STATIC_ARGUMENTS = (
+    "rank",
+    "update_proj_gap",
+    "granularity",
+    "projection",
+    "key",
+    "mu_dtype",
+    "weight_dimension_numbers",
+    "use_pallas",
+    "mask",
+)
 
 
 def require_positive_integer(name: str, value: Any) -> None:
@@ -13,7 +30,7 @@ def require_positive_integer(name: str, value: Any) -> None:
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
             f"{name} must be a static int, got an array ({value!r}). "
-            f"With optax.inject_hyperparams, name it in static_args=('rank', 'update_proj_gap')."
+            f"With optax.inject_hyperparams pass static_args={STATIC_ARGUMENTS}."
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__}).")
@@ -28,21 +45,32 @@ def require_number(
     above: float | None = None,
     at_least: float | None = None,
     below: float = float("inf"),
+    precise: bool = False,
 ) -> None:
     """Raises TypeError or ValueError unless `value` is a real number in the interval, or a scalar
     array.
 
-    Arrays pass by type alone: `optax.inject_hyperparams` hands over traced values.
+    Arrays pass by type alone: `optax.inject_hyperparams` hands over traced values. `precise`
+    refuses those that are narrower than float32: in bfloat16 0.999 is 1.
     """
     bound = f"> {above}" if above is not None else f">= {at_least}"
     allowed = f"a finite number {bound}" + (f" and < {below}" if below != float("inf") else "")
     if isinstance(value, jax.Array):
-        if value.ndim or not np.issubdtype(value.dtype, np.number):
+        if value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
             raise TypeError(
                 f"{name} must be {allowed}, got an array {value.dtype}{list(value.shape)}."
             )
+        if precise and jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4:
+            raise TypeError(
+                f"{name} is a {value.dtype} array; allowed are numbers and arrays of float32 or "
+                f"wider: in bfloat16 0.999 is 1. With optax.inject_hyperparams, which takes the "
+                f"parameters' dtype, pass hyperparam_dtype=jnp.float32."
+            )
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.number):
+    is_number = isinstance(value, numbers.Real) or (
+        np.ndim(value) == 0 and jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.number)
+    )
+    if isinstance(value, bool) or not is_number:
         raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__}).")
     too_small = value <= above if above is not None else at_least is not None and value < at_least
     if too_small or not value < below:
@@ -65,3 +93,34 @@ def require_callable(name: str, value: Any, signature: str) -> None:
         raise TypeError(
             f"{name} must be a function {signature}, got {value!r} ({type(value).__name__})."
         )
+
+
+def require_real_floating(named: Iterable[tuple[Path, Any]]) -> None:
+    """Raises TypeError unless every leaf is of a real floating dtype of 16 bits or more."""
+    for path, leaf in named:
+        dtype = leaf.dtype
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+            raise TypeError(
+                f"{spell(path)} has dtype {dtype}; allowed are real floating dtypes of 16 bits and "
+                f"more. Keep float8 weights in bfloat16 and cast them where they are used; leave "
+                f"other leaves out, for example with optax.masked or optax.partition."
+            )
+
+
+def require_tree_not_count(name: str, tree: Any) -> None:
+    """Raises TypeError if a function of the parameters is given a number: a step count."""
+    dtype = getattr(tree, "dtype", type(tree))
+    if (
+        isinstance(tree, int | jax.Array | np.ndarray | np.generic)
+        and np.ndim(tree) == 0
+        and (jnp.issubdtype(dtype, jnp.integer))
+    ):
+        raise TypeError(
+            f"{name} takes parameters, got {tree!r}. optax.inject_hyperparams calls functions with "
+            f"the step count: pass it static_args={STATIC_ARGUMENTS}."
+        )
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to compute in: float32, or float64 of a float64 leaf."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, ArrayLike, Float
 
-from apollo_optax._matrices import MatrixAxes
+from apollo_optax._matrices import MatrixAxes, without_overflow
 
 
 class Projected(NamedTuple):
@@ -152,6 +152,7 @@ def update_moments(
 ) -> tuple[Array, Array, Array]:
     """Both moments after a step, and Adam's direction without its bias correction."""
     b1, b2, eps = decays_ref[0], decays_ref[1], decays_ref[2]
+    R = without_overflow(R)
     mu = b1 * mu + (1 - b1) * R
     nu = b2 * nu + (1 - b2) * jnp.square(R)
     return mu, nu, mu / (jnp.sqrt(nu) + eps)

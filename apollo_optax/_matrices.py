@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from apollo_optax._paths import Path, lookup, named_leaves, nest, spell
+from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
 
 
 class ApolloDimensionNumbers(NamedTuple):
@@ -105,12 +105,21 @@ def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: P
     """Nested dictionary of the specification of each leaf, None for a leaf that is not a matrix."""
     if callable(weight_dimension_numbers):
         weight_dimension_numbers = weight_dimension_numbers(tree)
-    leaves, _ = named_leaves(tree)
-    default = ApolloDimensionNumbers()
-    if weight_dimension_numbers is None:
-        return nest((path, default if leaf.ndim == 2 else None) for path, leaf in leaves)
-    if is_dimension_numbers(weight_dimension_numbers):
-        return nest((p, weight_dimension_numbers if leaf.ndim >= 2 else None) for p, leaf in leaves)
+    leaves, _ = named_arrays(tree)
+    if weight_dimension_numbers is None or is_dimension_numbers(weight_dimension_numbers):
+        spec = weight_dimension_numbers or ApolloDimensionNumbers()
+        most_axes = 2 if weight_dimension_numbers is None else math.inf
+        vectors = _stacked_vectors(leaves)
+        return nest(
+            (path, spec if 2 <= leaf.ndim <= most_axes and path not in vectors else None)
+            for path, leaf in leaves
+        )
+    if hasattr(weight_dimension_numbers, "ndim"):
+        raise TypeError(
+            f"weight_dimension_numbers must be dimension numbers, a tree of them, a function of "
+            f"the parameters or None, got {weight_dimension_numbers!r}. With "
+            f"optax.inject_hyperparams name it in static_args."
+        )
 
     def is_spec(node: Any) -> bool:
         return node is None or is_dimension_numbers(node)
@@ -124,6 +133,23 @@ def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: P
             )
     given = nest(specs)
     return nest((path, _longest_prefix(given, path)) for path, _ in leaves)
+
+
+def _stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
+    """Norms and biases of stacked layers, (layers, features): they look like matrices.
+
+    They stand in a tree whose leaves all have the same first axis, some with two axes after it.
+    """
+    under: dict[Path, list[tuple[Path, Any]]] = {}
+    for path, leaf in leaves:
+        for end in range(len(path)):
+            under.setdefault(path[:end], []).append((path, leaf))
+    vectors: set[Path] = set()
+    for subtree in under.values():
+        first_axes = {leaf.shape[:1] for _, leaf in subtree}
+        if len(first_axes) == 1 and max(leaf.ndim for _, leaf in subtree) > 2:
+            vectors |= {path for path, leaf in subtree if leaf.ndim == 2}
+    return vectors
 
 
 def _longest_prefix(specs: PyTree, path: Path) -> Any:
@@ -147,7 +173,7 @@ def axes_of_each_leaf(
     """Maps each leaf's path to its matrix axes, or to None where the leaf is not a matrix."""
     specs = _spec_of_each_leaf(weight_dimension_numbers, tree)
     axes: dict[Path, MatrixAxes | None] = {}
-    for path, leaf in named_leaves(tree)[0]:
+    for path, leaf in named_arrays(tree)[0]:
         spec = lookup(specs, path)
         is_matrix = spec is not None and math.prod(leaf.shape) > 0
         axes[path] = matrix_axes(spec, leaf.shape, path) if is_matrix else None
@@ -155,17 +181,20 @@ def axes_of_each_leaf(
 
 
 def warn_of_unprojected_leaves(tree: PyTree) -> None:
-    """Warns of leaves with more than two axes, trained with Adam for want of a specification."""
-    for path, leaf in named_leaves(tree)[0]:
-        if leaf.ndim > 2:
-            moment_bytes = 2 * leaf.size * max(leaf.dtype.itemsize, 4)
-            warnings.warn(
-                f"{spell(path)} has {leaf.ndim} axes {tuple(leaf.shape)} and is trained with Adam, "
-                f"whose moments take {moment_bytes:,} bytes. To project it, pass "
-                f"weight_dimension_numbers, for example transformer_dimension_numbers or "
-                f"ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1).",
-                stacklevel=2,
-            )
+    """Warns once of all leaves with more than two axes, on Adam for want of a specification."""
+    leaves = [(path, leaf) for path, leaf in named_arrays(tree)[0] if leaf.ndim > 2]
+    if not leaves:
+        return
+    moment_bytes = sum(2 * leaf.size * max(leaf.dtype.itemsize, 4) for _, leaf in leaves)
+    named = ", ".join(f"{spell(path)} {tuple(leaf.shape)}" for path, leaf in leaves[:3])
+    more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
+    warnings.warn(
+        f"{named}{more} have more than two axes and are trained with Adam, whose moments take "
+        f"{moment_bytes:,} bytes. To project them, pass weight_dimension_numbers, for example "
+        f"transformer_dimension_numbers or "
+        f"ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1).",
+        stacklevel=3,
+    )
 
 
 def side(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
@@ -210,6 +239,12 @@ def project(
     )
 
 
+def without_overflow(R: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Zero in place of entries whose squares could not be summed, and of what is not finite."""
+    largest = 1e-4 * float(jnp.finfo(R.dtype).max) ** 0.5
+    return jnp.where(jnp.abs(R) <= largest, R, 0)
+
+
 def sum_of_squares_per_channel(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "..."]:
     """Squared norm of every channel of G, in float32 or better."""
     squares = jnp.square(G.astype(jnp.promote_types(G.dtype, jnp.float32)))
@@ -227,89 +262,9 @@ def _batch_first(x: Float[Array, "..."], axes: MatrixAxes) -> Float[Array, "..."
     return jnp.transpose(x, tuple(position[axis] for axis in kept))
 
 
-def broadcast_to_leaf(factor: Float[Array, "..."], axes: MatrixAxes) -> Float[Array, "*leaf"]:
-    """Gives a factor per channel or matrix the leaf's axes, of size 1 where it is constant."""
+def expand_to_leaf(factor: Float[Array, "..."], axes: MatrixAxes) -> Float[Array, "..."]:
+    """Brings factors `(*batch, 1, *channel)` into the order of a leaf's axes, to broadcast."""
+    factor = jnp.squeeze(factor, len(axes.batch))
     kept = _kept_axes(axes)
-    factor = factor.reshape(factor.shape + (1,) * (len(kept) - factor.ndim))
     order = sorted(range(len(kept)), key=kept.__getitem__)
     return jnp.expand_dims(jnp.transpose(factor, order), axes.projected)
-
-
-_DENSE_GENERAL = {
-    "query": ApolloDimensionNumbers(-3, (-2, -1)),
-    "key": ApolloDimensionNumbers(-3, (-2, -1)),
-    "value": ApolloDimensionNumbers(-3, (-2, -1)),
-    "out": ApolloDimensionNumbers((-3, -2), -1),
-}
-_DENSE = ApolloDimensionNumbers(-2, -1)
-_KERNELS = ("kernel", "wi", "wi_0", "wi_1", "wo")
-_EMBEDDINGS = (
-    "embed",
-    "embedding",
-    "embeddings",
-    "embed_tokens",
-    "token_embed",
-    "position_embed",
-    "wte",
-    "wpe",
-)
-_HEADS = ("head", "lm_head", "logits", "logits_dense", "unembed", "unembedding", "classifier")
-
-
-def transformer_dimension_numbers(params: PyTree, *, project_embeddings: bool = False) -> PyTree:
-    """Finds the matrices of a transformer by the names Flax gives them.
-
-    - `kernel` of Dense and of scanned or expert Dense, (..., in, out): the last two axes are the
-      matrix, all others batch axes; likewise mixture-of-experts weights named `wi`, `wi_0`, `wi_1`,
-      `wo`.
-    - `kernel` of DenseGeneral in attention: `query`, `key`, `value` (..., embed, heads, head_dim)
-      and `out` (..., heads, head_dim, embed). Three axes that do not fit together as attention
-      kernels (`out` against `query`) are taken for scanned Dense kernels of those names.
-    - Embeddings, output heads, convolutions, biases and norms are left to Adam, as in the paper.
-
-    Args:
-      params: Parameters, bare or boxed; arrays or ShapeDtypeStructs.
-      project_embeddings: Project embedding tables (vocabulary, embed) and output heads too. Beyond
-        the paper: no full-size moments are left in the optimizer state.
-
-    Returns:
-      A tree of `params`' structure with `ApolloDimensionNumbers`, or None for a leaf left to Adam.
-      Pass it, or this function itself, as `weight_dimension_numbers`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params = {"mlp": {"kernel": jnp.zeros((12, 64, 256)), "bias": jnp.zeros((12, 256))}}
-      >>> transformer_dimension_numbers(params)["mlp"]
-      {'bias': None, 'kernel': ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1)}
-    """
-    named, treedef = named_leaves(params)
-    leaves = dict(named)
-    specs = [_transformer_spec(path, leaves, project_embeddings) for path in leaves]
-    return jax.tree.unflatten(treedef, specs)
-
-
-def _transformer_spec(
-    path: Path, leaves: dict[Path, Any], project_embeddings: bool
-) -> ApolloDimensionNumbers | None:
-    leaf, name = leaves[path], path[-1] if path else ""
-    module = path[-2] if len(path) > 1 else ""
-    if leaf.ndim < 2:
-        return None
-    is_head = any(part in _HEADS for part in path) or path in (
-        ("output", "kernel"),
-        ("params", "output", "kernel"),
-    )
-    if is_head or name == "embedding" or any(part in _EMBEDDINGS for part in path[:-1]):
-        return _DENSE if project_embeddings and name in ("embedding", "kernel") else None
-    if name not in _KERNELS or module.lower().startswith("conv"):
-        return None
-    if module in _DENSE_GENERAL and leaf.ndim > 2 and _is_dense_general(path[:-2], leaves):
-        return _DENSE_GENERAL[module]
-    return _DENSE
-
-
-def _is_dense_general(attention: Path, leaves: dict[Path, Any]) -> bool:
-    query, out = (leaves.get((*attention, name, "kernel")) for name in ("query", "out"))
-    if query is None or out is None or query.ndim < 3 or out.ndim < 3:
-        return True
-    return query.shape[-2:] == out.shape[-3:-1]

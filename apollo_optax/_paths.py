@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
 Path = tuple[str, ...]
@@ -40,6 +41,12 @@ def named_leaves(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[Path, Any]]
         boxed = keys and keys[-1] == GetAttrKey("value") and children[keys[:-1]] == 1
         named.append((tuple(_name(entry) for entry in (keys[:-1] if boxed else keys)), leaf))
     return named, treedef
+
+
+def named_arrays(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    """`named_leaves` with Python's and NumPy's numbers as arrays, as Optax's own take them."""
+    named, treedef = named_leaves(tree)
+    return [(path, x if hasattr(x, "ndim") else jnp.asarray(x)) for path, x in named], treedef
 
 
 def nest(items: Iterable[tuple[Path, Any]]) -> Any:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from apollo_optax._paths import Path, named_leaves, spell, stable_hash
+from apollo_optax._arguments import require_real_floating
+from apollo_optax._paths import Path, named_arrays, spell, stable_hash
 from apollo_optax._placement import call_on_automatic_axes
 
 
@@ -87,7 +88,7 @@ def apply_updates_stochastic(params: PyTree, updates: PyTree, key: PRNGKeyArray 
       (dtype(bfloat16), True)
     """
     key = require_new_key(key)
-    named, treedef = named_leaves(params)
+    named, treedef = named_arrays(params)
     given = treedef.flatten_up_to(updates)
     added = [
         add_stochastically(path, param, update, key)
@@ -107,8 +108,7 @@ def add_stochastically(path: Path, param: Array, update: Array | None, key: PRNG
             return stochastic_round(key, param.astype(jnp.float32) + update, param.dtype)
 
         return call_on_automatic_axes(add, param, update, leaf_key(key, path), like=param)
-    if not jnp.issubdtype(param.dtype, jnp.floating):
-        raise TypeError(f"{spell(path)} has dtype {param.dtype}; allowed are real floating dtypes.")
+    require_real_floating([(path, param)])
     return (param + update).astype(param.dtype)
 
 

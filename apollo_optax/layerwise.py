@@ -352,27 +352,12 @@ def _traced(tx: optax.GradientTransformation, params: Params, state: optax.OptSt
     inputs = owned("the gradient", params) + owned("the parameter", params)
     inputs += owned("the state", split.mirrored, 1) + shared([split.shared, first])
     outputs = owned("The update", updates) + owned("The state", mirrored, 1) + shared(rest)
-    return _Trace(_without_barriers(closed.jaxpr), inputs, outputs)
+    return _Trace(closed.jaxpr, inputs, outputs)
 
 
 def _computation_of(trace: _Trace, index: int) -> tuple[Any, list[bool]]:
     """What an output is computed by, and whether by each of the inputs."""
     return partial_eval.dce_jaxpr(trace.jaxpr, [i == index for i in range(len(trace.outputs))])
-
-
-def _without_barriers(jaxpr: Any) -> Any:
-    """Takes optimization barriers apart, which order what does not depend on each other."""
-    equations = []
-    for each in jaxpr.eqns:
-        if each.primitive is jax.lax.optimization_barrier_p:
-            pairs = zip(each.invars, each.outvars, strict=True)
-            equations += [each.replace(invars=[x], outvars=[y]) for x, y in pairs]
-        elif hasattr(inner := each.params.get("jaxpr"), "jaxpr"):
-            inner = inner.replace(jaxpr=_without_barriers(inner.jaxpr))
-            equations.append(each.replace(params={**each.params, "jaxpr": inner}))
-        else:
-            equations.append(each)
-    return jaxpr.replace(eqns=equations)
 
 
 def _check_randomness(tx: optax.GradientTransformation, params: Params) -> None:

@@ -28,7 +28,8 @@ from jax.lax import optimization_barrier
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, PyTree
 
 from apollo_optax._arguments import require_one_of, require_positive_integer
-from apollo_optax._matrices import ApolloDimensionNumbers, transformer_dimension_numbers
+from apollo_optax._matrices import ApolloDimensionNumbers
+from apollo_optax._names import transformer_dimension_numbers
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax._placement import call_on_automatic_axes
 from apollo_optax._rounding import (

@@ -11,10 +11,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 from apollo_optax import (
     ApolloDimensionNumbers,
+    _apollo,
     _kernels,
     _kernels_gpu,
     _kernels_tpu,
-    _transform,
     scale_by_apollo,
 )
 from apollo_optax._matrices import (
@@ -112,7 +112,7 @@ def take_here(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chip's kernels are this machine's too, interpreted."""
     interpreted = functools.partial(_kernels.project, interpret=True)
     monkeypatch.setattr(_kernels, "project", interpreted)
-    monkeypatch.setattr(_transform, "_KERNELS_OF", {"cpu": kernels})
+    monkeypatch.setattr(_apollo, "_KERNELS_OF", {"cpu": kernels})
 
 
 def has_kernel(function: Any, *args: Any) -> bool:

@@ -544,13 +544,6 @@ def compiled(tx):
     return optax.GradientTransformation(tx.init, jax.jit(tx.update))
 
 
-def test_the_order_of_draws_is_not_taken_for_a_dependence():
-    tx = apollo_optax.apollo(0.01, 4, sequential=True, **SPECS)
-    layerwise.check_per_leaf(compiled(tx), llama_params())
-    with pytest.raises(ValueError, match="depends on the gradient of"):
-        layerwise.check_per_leaf(compiled(optax.clip_by_global_norm(1.0)), llama_params())
-
-
 @pytest.mark.parametrize(
     ("params", "match"),
     [

@@ -341,7 +341,6 @@ def loss(params, batch):
 def transformations():
     return {
         "apollo": apollo(0.02, 4, 7, weight_dimension_numbers=NUMBERS, weight_decay=0.01),
-        "sequential": apollo(0.02, 4, 7, weight_dimension_numbers=NUMBERS, sequential=True),
         "apollo_mini": apollo_mini(0.01, 7, 1.0, weight_dimension_numbers=NUMBERS),
     }
 

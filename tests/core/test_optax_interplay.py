@@ -109,7 +109,7 @@ def test_hyperparameters_are_injected_and_scheduled():
 
 def test_injecting_the_rank_is_refused_with_the_remedy():
     tx = optax.inject_hyperparams(apollo)(0.1, rank=4)
-    with pytest.raises(TypeError, match=r"static_args=\('rank', 'update_proj_gap'\)"):
+    with pytest.raises(TypeError, match=r"static_args=\('rank', 'update_proj_gap', "):
         tx.init(make_params())
 
 
@@ -270,8 +270,7 @@ def test_donated_state_and_parameters_are_updated_in_place():
     assert memory.alias_size_in_bytes == donated
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_two_steps_can_be_differentiated_for_the_learning_rate(sequential):
+def test_two_steps_can_be_differentiated_for_the_learning_rate():
     shapes = {f"w{i}": (2, 8 * i + 8, 16) for i in range(4)}
     params = {n: jax.random.normal(jax.random.key(i), shapes[n]) for i, n in enumerate(shapes)}
     stacked = apollo_optax.ApolloDimensionNumbers(-2, -1)
@@ -281,7 +280,7 @@ def test_two_steps_can_be_differentiated_for_the_learning_rate(sequential):
 
     @jax.jit
     def loss_after(learning_rate):
-        tx = apollo(learning_rate, 4, weight_dimension_numbers=stacked, sequential=sequential)
+        tx = apollo(learning_rate, 4, weight_dimension_numbers=stacked)
         trained, state = params, tx.init(params)
         for _ in range(2):
             updates, state = tx.update(jax.grad(loss)(trained), state, trained)

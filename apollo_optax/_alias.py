@@ -6,10 +6,10 @@ from typing import Any
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
+from apollo_optax._apollo import Granularity, scale_by_apollo
 from apollo_optax._arguments import require_number
 from apollo_optax._matrices import WeightDimensionNumbers
-from apollo_optax._projection import Projection
-from apollo_optax._transform import Granularity, scale_by_apollo
+from apollo_optax._projections import Projection
 
 
 def apollo(
@@ -28,8 +28,7 @@ def apollo(
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     use_pallas: bool = False,
-    sequential: bool = False,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO: AdamW's training with moments of a random projection of the gradient only.
@@ -56,9 +55,7 @@ def apollo(
         transformers.
       use_pallas: Read gradients once less by a Pallas kernel, on one TPU (`rank` of 8 and more) or
         GPU; see `scale_by_apollo`.
-      sequential: Update stacked leaves one after another, to have fewer projections in memory where
-        layers are scanned; see `scale_by_apollo`.
-      weight_decay: Decoupled weight decay, multiplied by the learning rate.
+      weight_decay: Decoupled weight decay, a number or a schedule, multiplied by the learning rate.
       mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
         returns one.
 
@@ -83,7 +80,8 @@ def apollo(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
-    require_number("weight_decay", weight_decay, at_least=0)
+    if not callable(weight_decay):
+        require_number("weight_decay", weight_decay, at_least=0)
     return optax.chain(
         scale_by_apollo(
             rank,
@@ -99,7 +97,6 @@ def apollo(
             mu_dtype=mu_dtype,
             weight_dimension_numbers=weight_dimension_numbers,
             use_pallas=use_pallas,
-            sequential=sequential,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -120,8 +117,7 @@ def apollo_mini(
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     use_pallas: bool = False,
-    sequential: bool = False,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO-Mini: `apollo` at rank 1 with one scaling factor a matrix, at SGD's memory.
@@ -151,7 +147,6 @@ def apollo_mini(
         mu_dtype=mu_dtype,
         weight_dimension_numbers=weight_dimension_numbers,
         use_pallas=use_pallas,
-        sequential=sequential,
         weight_decay=weight_decay,
         mask=mask,
     )

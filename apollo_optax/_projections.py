@@ -4,13 +4,14 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from apollo_optax._matrices import MatrixAxes, matrices_of
 from apollo_optax._paths import Path, stable_hash
 from apollo_optax._words import random_words
 
@@ -158,33 +159,25 @@ def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*bat
       [[0.0, 1.0]]
     """
     G = G.astype(jnp.promote_types(G.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(G), axis=(-2, -1), keepdims=True)
+    G = G / jnp.where(largest > 0, largest, 1)  # the squares of a huge one would overflow
     left, _, _ = jnp.linalg.svd(G, full_matrices=False)
     return jnp.swapaxes(left[..., :rank], -1, -2).astype(jnp.float32)
 
 
-class Draw(NamedTuple):
-    """Projections of some leaves, drawn together.
-
-    Attributes:
-      draw: Returns each one's `(*batch, rank, dim)`; draws once the arrays it is given are there.
-      is_of_a_stack: Whether they are of a leaf of several matrices.
-    """
-
-    draw: Callable[[PyTree], dict[Path, Array]]
-    is_of_a_stack: bool
-
-
-def draws_of(
+def draw_projections(
     projection: Projection,
     key: PRNGKeyArray,
     refresh: Int[Array, ""],
     shapes: Mapping[Path, tuple[int, ...]],
     first: Int[ArrayLike, ""],
-) -> list[Draw]:
-    """How to draw the projections of all leaves, each matrix with a key of its leaf and index.
+) -> dict[Path, Float[Array, "*batch rank dim"]]:
+    """Draws P of every leaf, each matrix with a key of its leaf's path and its batch index.
 
-    Compiling a generator takes longer than all else of a leaf, so all keys are made at once, and
-    small projections of one size are drawn together.
+    Where the rank is the whole side nothing is projected: P is the identity.
+
+    Compiling a generator takes longer than compiling the rest of a leaf's update. Leaves of one
+    shape therefore share one, up to `_TOGETHER_BYTES`.
 
     Args:
       projection: The projection.
@@ -195,31 +188,68 @@ def draws_of(
     """
     in_order = dict(sorted(shapes.items(), key=lambda item: item[1]))
     keys = _keys_of_matrices(key, in_order, first)
-    draws: list[Draw] = []
+    drawn: dict[Path, Array] = {}
     end = 0
     for shape, of_shape in itertools.groupby(in_order, key=in_order.__getitem__):
         (*batch, rank, dim), paths = shape, tuple(of_shape)
+
+        def draw(key: PRNGKeyArray, rank: int = rank, dim: int = dim) -> Array:
+            return projection(key, refresh, rank, dim)
+
         together = 1 if batch else max(1, _TOGETHER_BYTES // (4 * rank * dim))
-        for first_of_some in range(0, len(paths), together):
-            some = paths[first_of_some : first_of_some + together]
+        for first_path in range(0, len(paths), together):
+            some = paths[first_path : first_path + together]
             start, end = end, end + math.prod(batch) * len(some)
-            draw = functools.partial(_draw, projection, keys[start:end], refresh, shape, some)
-            draws.append(Draw(draw, math.prod(batch) > 1))
-    return draws
+            if rank == dim:
+                P = jnp.broadcast_to(jnp.eye(dim, dtype=jnp.float32), (len(some), *shape))
+            elif len(some) > 1:
+                P = _draw_stored(draw, keys[start:end]).reshape(len(some), *shape)
+            else:
+                P = jax.vmap(draw)(keys[start:end]).reshape(1, *shape)
+            drawn |= zip(some, P, strict=True)
+    # Drawn once, not again for each tile of the product.
+    return {path: jax.lax.optimization_barrier(P) for path, P in drawn.items()}
 
 
-def _draw(
-    projection: Projection,
-    keys: PRNGKeyArray,
-    refresh: Int[Array, ""],
-    shape: tuple[int, ...],
-    paths: tuple[Path, ...],
-    after: PyTree,
-) -> dict[Path, Float[Array, "*batch rank dim"]]:
-    if after:
-        refresh, _ = jax.lax.optimization_barrier((refresh, jax.lax.stop_gradient(after)))
-    drawn = jax.vmap(lambda key: projection(key, refresh, *shape[-2:]))(keys)
-    return dict(zip(paths, drawn.reshape(len(paths), *shape), strict=True))
+def refit_projections(
+    grads: Mapping[Path, Array],
+    stored: Mapping[Path, Array],
+    axes: Mapping[Path, MatrixAxes | None],
+    is_due: Bool[Array, ""],
+) -> dict[Path, Array]:
+    """The stored projections, those that are due taken anew from the gradients by `svd`.
+
+    A gradient of zeros has no singular vectors: its P stays as it was, and a P that was never
+    taken, all zeros, is taken from the first gradient that is not zero.
+    """
+
+    def refit(G: Array, P: Array, matrix: MatrixAxes) -> Array:
+        rank = P.shape[-2]
+        matrices = matrices_of(G, matrix)
+        is_zero = ~jnp.any(matrices != 0, axis=(-2, -1), keepdims=True)
+        is_missing = ~jnp.any(P != 0, axis=(-2, -1), keepdims=True)
+        takes = ~is_zero & (is_due | is_missing)
+
+        def taken() -> Array:
+            return jnp.where(takes, svd(matrices, rank), P)
+
+        return jax.lax.cond(jnp.any(takes), taken, lambda: P)
+
+    return {
+        path: P if (matrix := axes[path]) is None else refit(grads[path], P, matrix)
+        for path, P in stored.items()
+    }
+
+
+def _draw_stored(draw: Callable[[PRNGKeyArray], Array], keys: PRNGKeyArray) -> Array:
+    """`jax.vmap(draw)(keys)` in a loop of two turns, whose results XLA stores.
+
+    XLA's CPU compiler would otherwise compile the generator into the product of every leaf.
+    """
+    half = -(-len(keys) // 2)
+    halves = keys[jnp.arange(2 * half) % len(keys)].reshape(2, half)
+    P = jax.lax.map(jax.vmap(draw), halves)
+    return P.reshape(2 * half, *P.shape[2:])[: len(keys)]
 
 
 def _keys_of_matrices(

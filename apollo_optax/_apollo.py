@@ -1,0 +1,545 @@
+"""The APOLLO update as an Optax gradient transformation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
+
+from apollo_optax import _kernels, _kernels_gpu, _kernels_tpu
+from apollo_optax._arguments import (
+    require_callable,
+    require_number,
+    require_one_of,
+    require_positive_integer,
+    require_real_floating,
+    wide,
+)
+from apollo_optax._keys import key_data, require_key, wrap_like
+from apollo_optax._limiter import NORM_EPS, limit_growth
+from apollo_optax._matrices import (
+    MatrixAxes,
+    WeightDimensionNumbers,
+    axes_of_each_leaf,
+    expand_to_leaf,
+    low_rank_shape,
+    project,
+    projection_shape,
+    sum_of_squares_per_channel,
+    warn_of_unprojected_leaves,
+    without_overflow,
+)
+from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
+from apollo_optax._placement import (
+    call_on_automatic_axes,
+    compiler_divides_arrays,
+    matrices_placement,
+    moments_placement,
+    placement_of,
+)
+from apollo_optax._projections import (
+    Projection,
+    check_projection,
+    draw_projections,
+    gaussian,
+    refit_projections,
+    svd,
+)
+
+# (R_tilde, R), both (rank, *channel), to one factor a channel.
+ScalingRule = Callable[[Array, Array], Array]
+Granularity = Literal["channel", "tensor"] | ScalingRule
+
+_KERNELS_OF = {"tpu": _kernels_tpu, "cuda": _kernels_gpu}
+
+
+class ScaleByApolloState(NamedTuple):
+    """State of `scale_by_apollo`: arrays only, in plain dictionaries nested by the parameters'
+    names.
+
+    Attributes:
+      count: Steps taken, int32 scalar.
+      key: Data of the PRNG key from which every projection is redrawn, uint32.
+      mu: First moment. Of a matrix: of the projected gradient, `(*batch, min(rank, m), *channel)`.
+        Of any other leaf: of the gradient, in the leaf's shape. float32 (float64 for float64
+        leaves) unless `mu_dtype` is given.
+      nu: Second moment, shaped as `mu`, float32 or float64.
+      norm: Norm of a matrix's last update that was not zero, `(*batch,)`; 0 before the first. Of
+        any other leaf zeros, one for each index of its first axis if it has several axes: with them
+        the dictionaries fit the parameters, as `optax.tree_map_params` needs.
+      projection: With `projection=svd`, the P in use, `(*batch, min(rank, m), m)`, and of other
+        leaves zeros as in `norm`; otherwise empty.
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # tuple has a method of this name
+    key: UInt32[Array, "..."]
+    mu: PyTree
+    nu: PyTree
+    norm: PyTree
+    projection: PyTree = {}  # noqa: RUF012
+
+
+class MatrixState(NamedTuple):
+    """The state of one leaf, `mu`, `nu` and `norm` as in `ScaleByApolloState`."""
+
+    mu: Array
+    nu: Array
+    norm: Array
+
+
+class Hyperparameters(NamedTuple):
+    """The numbers of `scale_by_apollo`."""
+
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    scale: ArrayLike
+    norm_growth_limit: ArrayLike | None
+
+
+def apollo_update(
+    G: Float[Array, "*leaf"],
+    P: Float[Array, "*batch rank dim"],
+    state: MatrixState,
+    axes: MatrixAxes,
+    t: Int[Array, ""],
+    hyper: Hyperparameters,
+    granularity: Granularity = "channel",
+    use_pallas: bool = False,
+) -> tuple[Float[Array, "*leaf"], MatrixState]:
+    """One step of Algorithm 1 (Zhu et al., 2025) for every matrix of a leaf.
+
+    Args:
+      G: Gradient.
+      P: Projection of every matrix.
+      state: Of the leaf.
+      axes: Of the leaf.
+      t: Number of this step, from 1.
+      hyper: The numbers of the rule.
+      granularity: As in `scale_by_apollo`.
+      use_pallas: As in `scale_by_apollo`.
+
+    Returns:
+      The update, in G's dtype, and the leaf's next state.
+    """
+    b1, b2, eps, scale, limit = hyper
+    rank_axis = len(axes.batch)
+    matrix_axes = tuple(range(rank_axis, rank_axis + 1 + len(axes.channel)))
+
+    def moments_and_factors(P: Array, G: Array, mu: Array, nu: Array) -> tuple[Array, ...]:
+        R = without_overflow(project(P, G, axes))  # R = P G, (*batch, rank, *channel)
+        mu, nu = _moments(R, mu, nu, hyper)
+        R_tilde = mu / (jnp.sqrt(nu) + eps)
+        if callable(granularity):
+            s = _factors_by_rule(granularity, R_tilde, R, rank_axis)
+        else:
+            shared = matrix_axes[:1] if granularity == "channel" else matrix_axes
+            s = _norm(R_tilde, shared) / (_norm(R, shared) + NORM_EPS)  # size 1 where shared
+        G_squared = jnp.expand_dims(sum_of_squares_per_channel(G, axes), rank_axis)
+        return mu, nu, s, G_squared
+
+    args = P, G, state.mu, state.nu
+    kernels = _kernels_for(args, axes, hyper, granularity) if use_pallas else {}
+    if kernels:
+        mu, nu, s, G_squared = jax.lax.platform_dependent(
+            *args, **kernels, default=moments_and_factors
+        )
+    else:
+        mu, nu, s, G_squared = moments_and_factors(*args)
+
+    U_squared = jnp.where(jnp.isinf(G_squared), jnp.inf, jnp.square(s) * G_squared)
+    N = jnp.sqrt(jnp.sum(U_squared, axis=matrix_axes))  # |G s|, (*batch,)
+    c, remembered = limit_growth(N, state.norm, limit)
+    is_projected = P.shape[-2] < P.shape[-1]
+    step = (scale if is_projected else 1) * jnp.sqrt(1 - b2**t) / (1 - b1**t) / c
+    U = G * expand_to_leaf(s * jnp.expand_dims(step, matrix_axes), axes)
+    mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)
+    return jnp.asarray(U, G.dtype), MatrixState(mu, nu, remembered.astype(state.norm.dtype))
+
+
+def adam_update(
+    g: Float[Array, "*leaf"],
+    state: MatrixState,
+    t: Int[Array, ""],
+    hyper: Hyperparameters,
+) -> tuple[Float[Array, "*leaf"], MatrixState]:
+    """One step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix."""
+    b1, b2, eps, *_ = hyper
+    in_float32 = g.astype(wide(g.dtype))
+    mu, nu = _moments(in_float32, state.mu, state.nu, hyper)
+    update = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
+    mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)
+    return jnp.asarray(update, g.dtype), MatrixState(mu, nu, state.norm)
+
+
+def _moments(x: Array, mu: Array, nu: Array, hyper: Hyperparameters) -> tuple[Array, Array]:
+    mu = jnp.asarray(hyper.b1 * mu.astype(x.dtype) + (1 - hyper.b1) * x)
+    nu = jnp.asarray(hyper.b2 * nu + (1 - hyper.b2) * jnp.square(x))
+    return mu, nu
+
+
+def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+
+def _factors_by_rule(rule: ScalingRule, R_tilde: Array, R: Array, rank_axis: int) -> Array:
+    """The user's factors of each matrix, with an axis of size 1 for the rank."""
+
+    def of_matrix(R_tilde: Array, R: Array) -> Array:
+        return jnp.broadcast_to(rule(R_tilde, R), R.shape[1:]).astype(R.dtype)[None]
+
+    for _ in range(rank_axis):
+        of_matrix = jax.vmap(of_matrix)
+    return of_matrix(R_tilde, R)
+
+
+def _kernels_for(
+    args: tuple[Array, Array, Array, Array],
+    axes: MatrixAxes,
+    hyper: Hyperparameters,
+    granularity: Granularity,
+) -> dict[str, Callable[..., Any]]:
+    """For each platform whose kernel takes these arrays, what returns `moments_and_factors`'."""
+    if callable(granularity) or compiler_divides_arrays():
+        return {}
+    rank_axis = len(axes.batch)
+
+    def fused(program: Callable[..., Any], P: Array, G: Array, mu: Array, nu: Array) -> Any:
+        found = _kernels.project(
+            program, P, G, mu, nu, axes, b1=hyper.b1, b2=hyper.b2, eps=hyper.eps
+        )
+        squares = found.squared_direction, found.squared_projection, found.squared_norm
+        direction, projection, G_squared = (jnp.expand_dims(x, rank_axis) for x in squares)
+        if granularity == "tensor":
+            direction, projection = (
+                jnp.sum(x, axis=rank_axis + 1, keepdims=True) for x in (direction, projection)
+            )
+        s = jnp.sqrt(direction) / (jnp.sqrt(projection) + NORM_EPS)
+        return found.mu, found.nu, s, G_squared
+
+    P, G, mu, _ = args
+    return {
+        platform: functools.partial(fused, module.program)
+        for platform, module in _KERNELS_OF.items()
+        if module.fits(G, mu, *P.shape[-2:], axes)
+    }
+
+
+def scale_by_apollo(
+    rank: int = 256,
+    update_proj_gap: int = 200,
+    scale: ArrayLike = 1.0,
+    granularity: Granularity = "channel",
+    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    norm_growth_limit: ArrayLike | None = 1.01,
+    projection: Projection | Callable[..., Array] | None = None,
+    key: int | PRNGKeyArray = 0,
+    mu_dtype: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    use_pallas: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales gradients by APOLLO's structured learning rates.
+
+    For a matrix G let m be the size of its smaller side (the reduction axes on a tie):
+
+    .. math::
+      R &= P G, \quad P \in \mathbb{R}^{r \times m} \\
+      M &= b_1 M + (1 - b_1) R, \quad V = b_2 V + (1 - b_2) R^2 \\
+      \tilde R &= M / (\sqrt{V} + \epsilon) \\
+      s &= \|\tilde R\| / (\|R\| + 10^{-8}) \quad
+      \text{per channel of the larger side, or for the matrix} \\
+      U &= G s, \quad N = \|U\| \\
+      c &= \max(N / (N_{prev} + 10^{-8}), \gamma) / \gamma \
+      \text{ if } N_{prev} > 0 \text{, else } 1 \\
+      \text{update} &= \text{scale} \, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \, U / c
+
+    and N_prev becomes N / c where that is not 0. Where r >= m nothing is projected: P is the
+    identity, and scale, which makes up for a projection, is 1. Leaves that are not matrices get
+    Adam's update.
+
+    Gradients are read in their own dtype. Moments, norms and factors are computed in float32
+    (float64 for float64 leaves), and updates have the gradients' dtype. R = P G is accumulated in
+    float32 with JAX's default precision, which on TPUs and recent GPUs rounds the entries of P and
+    G to bfloat16 or TF32 first: `jax.default_matmul_precision("highest")` turns that off.
+
+    A gradient so large that its squares overflow moves nothing: the update is zero, and the moments
+    decay as with a zero gradient.
+
+    Args:
+      rank: Rows of P, capped at a matrix's smaller side. `2 * rank * n + 1` numbers of state a
+        matrix with larger side n.
+      update_proj_gap: P is redrawn whenever `count % update_proj_gap == 0`. The moments are kept.
+      scale: The paper's alpha, multiplying the updates of matrices: 1 for APOLLO, sqrt(128) for
+        APOLLO-Mini.
+      granularity: "channel": one factor per index of the larger side. "tensor": one factor a
+        matrix. Or a function of R~ and R, float32 `(min(rank, m), *channel)` of one matrix, that
+        returns factors which broadcast to the channels.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      norm_growth_limit: gamma, the largest ratio of the norms of a matrix's consecutive updates;
+        None for no limit.
+      projection: `gaussian` (None means it), `rademacher`, `svd`, or a function
+        `(key, refresh, rank, dim) -> float32 (rank, dim)` with `refresh = count //
+        update_proj_gap`.
+      key: Seed or PRNG key of all projections. A matrix's own key is folded in from its path and
+        batch index, so that other leaves do not matter to it.
+      mu_dtype: Dtype the first moment is kept in.
+      weight_dimension_numbers: Which axes make a matrix: None (leaves with two axes are matrices;
+        one with more is trained with Adam and warned of), one `ApolloDimensionNumbers` for every
+        leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
+        for leaves left to Adam, or a function of the parameters that returns one, such as
+        `transformer_dimension_numbers`.
+      use_pallas: On TPUs and NVIDIA's GPUs, read a gradient once for R, its moments and the norms,
+        by a Pallas kernel, where it fits: the matrix on the last two axes in float32 or bfloat16,
+        float32 moments, "channel" or "tensor"; on a TPU `rank` a multiple of 8 and the smaller side
+        of 128, on a GPU `rank` 1 or a multiple of 16 and both sides of 16. Elsewhere it does
+        nothing. `benchmarks/hbm_traffic.py` tells what it saves. For one device, or within
+        `jax.shard_map` with `check_vma=False`: XLA cannot divide a kernel over a mesh. With
+        `jax.set_mesh` the plain code is taken; where only the arguments of `jax.jit` tell of a
+        mesh, leave it False, or a GPU gathers whole gradients (a TPU refuses).
+
+    Returns:
+      A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra
+      argument `first_layer`: with slices of stacked leaves and of their state, the index at which
+      the slices start on the leading batch axis, so that each layer keeps its own projection.
+
+    Raises:
+      TypeError: An argument of the wrong type, here; a parameter or gradient that is not real
+        floating point, or a projection that returns another dtype than float32, at init.
+      ValueError: An argument out of range, here; axes that do not fit a parameter, or a projection
+        that returns another shape than (rank, dim), at init; gradients that do not match the state,
+        at update.
+
+    References:
+      Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, MLSys 2025,
+      https://arxiv.org/abs/2412.05270
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import apollo_optax
+      >>> params = {"kernel": jnp.ones((64, 256)), "bias": jnp.zeros(256)}
+      >>> tx = optax.chain(apollo_optax.scale_by_apollo(rank=8), optax.scale_by_learning_rate(0.01))
+      >>> state = tx.init(params)
+      >>> state[0].mu["kernel"].shape
+      (8, 256)
+    """
+    projection = gaussian if projection is None else projection
+    require_positive_integer("rank", rank)
+    require_positive_integer("update_proj_gap", update_proj_gap)
+    require_number("scale", scale, above=0)
+    if not callable(granularity):
+        otherwise = " or a function (R_tilde, R) -> factors"
+        require_one_of("granularity", granularity, ("channel", "tensor"), otherwise=otherwise)
+    require_number("b1", b1, at_least=0, below=1, precise=True)
+    require_number("b2", b2, at_least=0, below=1, precise=True)
+    require_number("eps", eps, above=0, precise=True)
+    if norm_growth_limit is not None:
+        require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
+    require_callable("projection", projection, "(key, refresh, rank, dim) -> float32 (rank, dim)")
+    require_key("key", key)
+    if not isinstance(use_pallas, bool):
+        raise TypeError(f"use_pallas must be True or False, got {use_pallas!r}.")
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
+    stores_projections = projection is svd
+    # A narrower scalar would make all that it is multiplied with as narrow.
+    hyper = jax.tree.map(
+        lambda x: x if isinstance(x, float | int) else jnp.asarray(x, wide(jnp.asarray(x).dtype)),
+        Hyperparameters(b1, b2, eps, scale, norm_growth_limit),
+    )
+
+    def init(params: PyTree) -> ScaleByApolloState:
+        count, key_array = jnp.zeros([], jnp.int32), key_data(key)
+        named, _ = named_arrays(params)
+        if not named:
+            # Nothing to train, or the placeholder by which optax.tree_map_params finds the fields
+            # of a state that mirror the parameters.
+            stored = params if stores_projections else {}
+            return ScaleByApolloState(count, key_array, params, params, params, stored)
+        require_real_floating(named)
+        if weight_dimension_numbers is None:
+            warn_of_unprojected_leaves(params)
+        axes = axes_of_each_leaf(weight_dimension_numbers, params)
+        for path, leaf in named:
+            if matrix := axes[path]:
+                shape = low_rank_shape(leaf.shape, matrix, rank)[len(matrix.batch) :]
+                _check_scaling_rule(granularity, shape, wide(leaf.dtype))
+                if not stores_projections:
+                    check_projection(projection, *projection_shape(leaf.shape, matrix, rank)[-2:])
+        leaves = {path: _init_leaf(leaf, axes[path], rank, mu_dtype) for path, leaf in named}
+        stored = {}
+        if stores_projections:
+            stored = {path: _no_projection(leaf, axes[path], rank) for path, leaf in named}
+        return _nested(count, key_array, leaves, stored)
+
+    def update(
+        updates: PyTree,
+        state: ScaleByApolloState,
+        params: PyTree | None = None,
+        *,
+        first_layer: ArrayLike = 0,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByApolloState]:
+        del params, extra_args
+        named, treedef = named_arrays(updates)
+        _require_state_of(state, named, stores_projections)
+        t = optax.safe_increment(state.count)
+        if not named:
+            return updates, state._replace(count=t)
+        axes = axes_of_each_leaf(weight_dimension_numbers, updates)
+        shapes = {
+            path: projection_shape(G.shape, matrix, rank)
+            for path, G in named
+            if (matrix := axes[path])
+        }
+        leaves = {path: _leaf_state(state, path, G.shape, axes[path], rank) for path, G in named}
+        stored = {path: lookup(state.projection, path) for path in leaves if stores_projections}
+
+        def step(
+            grads: dict[Path, Array],
+            leaves: dict[Path, MatrixState],
+            stored: dict[Path, Array],
+            scalars: tuple[Any, ...],
+        ) -> tuple[dict[Path, Array], dict[Path, MatrixState], dict[Path, Array]]:
+            count, t, key_array, first_layer, hyper = scalars
+            refresh = count // update_proj_gap
+            if stores_projections:
+                is_due = count % update_proj_gap == 0
+                P = refit_projections(grads, stored, axes, is_due)
+            else:
+                wrapped = wrap_like(key_array, key)
+                P = draw_projections(projection, wrapped, refresh, shapes, first_layer)
+            moved = {}
+            for path, G in grads.items():
+                if (matrix := axes[path]) is None:
+                    moved[path] = adam_update(G, leaves[path], t, hyper)
+                else:
+                    moved[path] = apollo_update(
+                        G, P[path], leaves[path], matrix, t, hyper, granularity, use_pallas
+                    )
+            new = {path: leaf for path, (_, leaf) in moved.items()}
+            return {path: U for path, (U, _) in moved.items()}, new, P if stored else {}
+
+        scalars = state.count, t, state.key, first_layer, hyper
+        like = dict(named), leaves, stored
+        scaled, leaves, stored = call_on_automatic_axes(step, *like, scalars, like=like)
+        scaled_tree = jax.tree.unflatten(treedef, [scaled[path] for path, _ in named])
+        return scaled_tree, _nested(t, state.key, leaves, stored)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _init_leaf(leaf: Any, axes: MatrixAxes | None, rank: int, mu_dtype: Any) -> MatrixState:
+    dtype, on_mesh = wide(leaf.dtype), placement_of(leaf)
+    shape = leaf.shape if axes is None else low_rank_shape(leaf.shape, axes, rank)
+    device = moments_placement(on_mesh, leaf.shape, axes)
+    mu = jnp.zeros(shape, mu_dtype or dtype, device=device)
+    nu = jnp.zeros(shape, dtype, device=device)
+    return MatrixState(mu, nu, _zeros_of_each_matrix(leaf, axes, dtype))
+
+
+def _zeros_of_each_matrix(
+    leaf: Any, axes: MatrixAxes | None, dtype: Any, matrix_shape: tuple[int, ...] = ()
+) -> Array:
+    """Zeros of `matrix_shape` for each matrix of a leaf; of another leaf, for its first axis."""
+    if axes is None:
+        axes, matrix_shape = MatrixAxes((0,) if leaf.ndim > 1 else (), (), ()), ()
+    device = matrices_placement(placement_of(leaf), leaf.shape, axes, whole=len(matrix_shape))
+    shape = (*(leaf.shape[a] for a in axes.batch), *matrix_shape)
+    return jnp.zeros(shape, dtype, device=device)
+
+
+def _no_projection(leaf: Any, axes: MatrixAxes | None, rank: int) -> Array:
+    shape = () if axes is None else projection_shape(leaf.shape, axes, rank)[-2:]
+    return _zeros_of_each_matrix(leaf, axes, jnp.float32, shape)
+
+
+def _nested(
+    count: Array, key: Array, leaves: dict[Path, MatrixState], stored: dict[Path, Array]
+) -> ScaleByApolloState:
+    mu, nu, norm = (
+        nest((path, getattr(leaf, field)) for path, leaf in leaves.items())
+        for field in MatrixState._fields
+    )
+    return ScaleByApolloState(count, key, mu, nu, norm, nest(stored.items()))
+
+
+def _require_state_of(
+    state: Any, named: list[tuple[Path, Array]], stores_projections: bool
+) -> None:
+    """Raises ValueError unless the state is of this transformation and of these leaves."""
+    remedy = "Call init, or restore into what init returns."
+    if not isinstance(state, ScaleByApolloState):
+        raise ValueError(
+            f"The state of scale_by_apollo is a ScaleByApolloState, got a state that is a "
+            f"{type(state).__name__}: {state!r:.60}. {remedy}"
+        )
+    has_projections = bool(jax.tree.leaves(state.projection))
+    if named and has_projections is not stores_projections:
+        kept, given = ("keeps", "has none") if stores_projections else ("does not keep", "has some")
+        raise ValueError(
+            f"The state is of another projection: this one {kept} projections in its state, and "
+            f"the state {given}. {remedy}"
+        )
+    has_gradient = {path for path, _ in named}
+    has_moments = {path for path, _ in named_leaves(state.mu)[0]}
+    if has_gradient < has_moments:
+        path = spell(min(has_moments - has_gradient))
+        raise ValueError(
+            f"The state has moments for {path}, which has no gradient (None, or left out). Give "
+            f"zeros to keep its state, or leave it out of init too, for example with optax.masked "
+            f"or optax.partition."
+        )
+
+
+def _leaf_state(
+    state: ScaleByApolloState,
+    path: Path,
+    shape: tuple[int, ...],
+    axes: MatrixAxes | None,
+    rank: int,
+) -> MatrixState:
+    """The state of the leaf at `path`; ValueError unless it is for a gradient of this shape."""
+    moments = shape if axes is None else low_rank_shape(shape, axes, rank)
+    batch_axes = len(axes.batch) if axes else int(len(shape) > 1)
+    batch = moments[:batch_axes]
+    found = {}
+    for field, needed in {"mu": moments, "nu": moments, "norm": batch}.items():
+        try:
+            found[field] = lookup(getattr(state, field), path)
+        except KeyError:
+            found[field] = None
+        shape_found = getattr(found[field], "shape", None)
+        if shape_found != needed:
+            name = "norm" if field == "norm" else "moments"
+            given = f"no {name}" if shape_found is None else f"{name} of shape {shape_found}"
+            raise ValueError(
+                f"The state has {given} for {spell(path)}, whose gradient needs {needed}: init "
+                f"made it for other parameters, rank or axes. Call init again or restore one that "
+                f"fits."
+            )
+    return MatrixState(**found)
+
+
+def _check_scaling_rule(granularity: Granularity, shape: tuple[int, ...], dtype: Any) -> None:
+    if not callable(granularity):
+        return
+    R = jax.ShapeDtypeStruct(shape, dtype)
+    factors = jax.eval_shape(granularity, R, R)
+    try:
+        fits = jnp.broadcast_shapes(factors.shape, shape[1:]) == shape[1:]
+        fits = fits and jnp.issubdtype(factors.dtype, jnp.floating)
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"granularity returned {factors!r} for R_tilde and R of shape {shape}; expected "
+            f"floating factors that broadcast to the channels, {shape[1:]}."
+        )
