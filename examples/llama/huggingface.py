@@ -9,11 +9,13 @@ import functools
 import json
 import operator
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -46,6 +48,12 @@ _ONLY_SUPPORTED: dict[str, Any] = {
 }
 
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
+    *(".npz", ".npy", ".pkl", ".partial"),
+)
 
 
 class StoredModel(NamedTuple):
@@ -130,34 +138,70 @@ def load_llama(
     return config, jax.tree.map_with_path(load_leaf, _expected_leaves(config))
 
 
-def save_llama(folder: str | os.PathLike[str], config: LlamaConfig, params: Params) -> None:
+def save_llama(
+    folder: str | os.PathLike[str],
+    config: LlamaConfig,
+    params: Params,
+    *,
+    like: str | os.PathLike[str] | None = None,
+) -> None:
     """Writes a checkpoint that `load_llama` and transformers' `LlamaForCausalLM` read.
 
-    Tensors keep the dtypes of `params`. The folder is made if needed; a checkpoint in it is
-    overwritten. Token ids of begin and end, and the longest context, are the tokenizer's and the
-    training's business: the first are written as absent and the second as transformers' default.
+    The folder is made if needed; a checkpoint in it is overwritten.
+
+    Args:
+        folder: where to.
+        config: the model's shape.
+        params: as `init_params` lays them out.
+        like: the checkpoint that the model was loaded from. Everything but the weights is then as
+            it is there: the dtype of each tensor, all of `config.json`, and the other files, such
+            as those of tokenizer, chat template and generation. Only a head that was tied to the
+            embedding is not, since the two were trained apart. If None, tensors keep the dtypes of
+            `params`, and `config.json` names no ids of begin and end.
 
     Raises:
-        ValueError: if `params` are not those of a model of shape `config`.
+        ValueError: if `params` are not those of a model of shape `config`, or `like` is no
+            checkpoint of such a model.
     """
     _check_leaves(config, params)
+    stored = None if like is None else _open_checkpoint(Path(like))[1]
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         leaf_name = _leaf_name(path)
         template = _TENSOR_NAMES[leaf_name]
         array = np.asarray(leaf)
         for layer, tensor in enumerate(array if "{layer}" in template else [array]):
+            dtype = tensor.dtype if stored is None else stored.check(leaf_name, leaf, layer)
             # safetensors writes the memory as it lies, whatever the strides say.
             tensors[template.format(layer=layer)] = np.ascontiguousarray(
-                _transposed(leaf_name, tensor)
+                _transposed(leaf_name, tensor), jnp.dtype(dtype)
             )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Older transformers refuse a file that does not name a framework.
     metadata = {"format": "pt"}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata)
-    settings = _settings_from_config(config, params["embed"]["embedding"].dtype.name)
+    if like is None:
+        settings = _settings_from_config(config, params["embed"]["embedding"].dtype.name)
+    else:
+        settings = _read_json(Path(like) / "config.json")
+        if settings.get("tie_word_embeddings"):
+            settings["tie_word_embeddings"] = False
+        for file in _files_beside_weights(Path(like)):
+            shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _files_beside_weights(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are neither weights, in any framework's format, nor hidden."""
+    return [
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and path.suffix not in _WEIGHTS
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+    ]
 
 
 def _leaf_name(path: jax.tree_util.KeyPath) -> str:

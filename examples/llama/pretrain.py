@@ -42,7 +42,7 @@ from examples.llama.run import (
 )
 from examples.llama.summary import optimizer_line, settings_lines
 from examples.llama.text import Text, read_text, training_batches, validation_batches
-from examples.llama.tokenizer import Tokenizer, load_tokenizer
+from examples.llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 __all__ = ["Plan", "main", "prepare", "train_all"]
 
@@ -158,6 +158,8 @@ def prepare(config: PretrainConfig) -> Plan:
     """
     check_options(config)
     names = compared_optimizers(config.optimizer)
+    _require_folder("--output", config.output.folder)
+    _require_folder("--export", config.output.export)
     folder = config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
     corpus = load_corpus(config.data.source)
     tokenizer = _tokenizer(config, corpus, folder)
@@ -200,6 +202,13 @@ def prepare(config: PretrainConfig) -> Plan:
     return Plan(runs, text, evaluation, folder)
 
 
+def _require_folder(flag: str, path: Path | None) -> None:
+    """Raises ValueError if there is a file where a folder is to be."""
+    for place in () if path is None else (path, *path.absolute().parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{flag} is {path}, and {place} is a file; choose another folder")
+
+
 def _model_name(config: PretrainConfig) -> str:
     return config.model.name if config.model.load is None else config.model.load.name
 
@@ -225,13 +234,27 @@ def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
 
 def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenizer:
     spec, load = config.data.tokenizer, config.model.load
-    if spec is None:
-        comes_with_model = load is not None and (load / _TOKENIZER).is_file()
-        spec = str(load) if comes_with_model else "bytes"
+    if spec is None and load is not None and (load / _TOKENIZER).is_file():
+        spec = str(load)
+    elif spec is None:
+        if load is not None:
+            _require_bytes(load)
+        spec = "bytes"
     trained = folder / _TOKENIZER
     if spec.startswith("train:") and config.output.resume and trained.is_file():
         spec = str(trained)
     return load_tokenizer(spec, corpus.train)
+
+
+def _require_bytes(load: Path) -> None:
+    """Raises ValueError if a model that comes without a tokenizer is not one of bytes."""
+    vocab_size = describe_llama(load).config.vocab_size
+    if vocab_size > ByteTokenizer.vocab_size:
+        raise ValueError(
+            f"{load} has no {_TOKENIZER}, and a vocabulary of {vocab_size:,} ids, which are not "
+            "bytes; give the --tokenizer that belongs to it (transformers writes the file with "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
+        )
 
 
 def _model(config: PretrainConfig, tokenizer: Tokenizer) -> StoredModel:

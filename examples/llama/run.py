@@ -545,7 +545,8 @@ def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filled(folder) as partial, jax.default_device(jax.local_devices(backend="cpu")[0]):
-        save_llama(partial, run.settings.model, training(run.settings).float_params(params))
+        floats = training(run.settings).float_params(params)
+        save_llama(partial, run.settings.model, floats, like=run.settings.load)
         text.tokenizer.save(partial / "tokenizer.json")
 
 

@@ -89,8 +89,10 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def decode(self, ids: Integer[np.ndarray, " tokens"]) -> str:
-        """Returns the text of the bytes."""
-        return bytes(np.asarray(ids, dtype=np.uint8)).decode(errors="replace")
+        """Returns the text of the bytes, with U+FFFD for an id that is none."""
+        ids = np.asarray(ids)
+        in_utf8_or_never = np.where((ids >= 0) & (ids < self.vocab_size), ids, 0xFF)
+        return bytes(in_utf8_or_never.astype(np.uint8)).decode(errors="replace")
 
     def save(self, path: str | Path) -> None:
         """Writes a tokenizer.json: a byte-level BPE without merges, whose ids are the bytes."""
@@ -99,9 +101,15 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class SubwordTokenizer:
-    """A Hugging Face tokenizer."""
+    """A Hugging Face tokenizer.
+
+    Attributes:
+      tokenizer: It.
+      file_content: Of the tokenizer.json it was read from, if it was.
+    """
 
     tokenizer: tokenizers.Tokenizer
+    file_content: bytes | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -128,8 +136,11 @@ class SubwordTokenizer:
         return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes the tokenizer.json."""
-        self.tokenizer.save(str(path))
+        """Writes the tokenizer.json, to the byte the one that was read if it was."""
+        if self.file_content is None:
+            self.tokenizer.save(str(path))
+        else:
+            Path(path).write_bytes(self.file_content)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -186,8 +197,9 @@ def _first_characters(documents: Iterable[str], characters: int) -> Iterator[str
 def _read(path: Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {str(path)!r}: no such file; expected {_EXPECTED}")
+    content = path.read_bytes()
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises Exception itself
         raise ValueError(
             f"tokenizer {str(path)!r}: not a tokenizer.json of Hugging Face's tokenizers: {error}"
@@ -196,7 +208,7 @@ def _read(path: Path) -> Tokenizer:
         return ByteTokenizer()
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return SubwordTokenizer(tokenizer)
+    return SubwordTokenizer(tokenizer, content)
 
 
 def _byte_model() -> tokenizers.Tokenizer:

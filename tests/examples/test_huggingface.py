@@ -85,6 +85,40 @@ def test_loading_returns_what_was_saved(tmp_path, config, dtype):
     assert_equal_params(loaded, params)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_loaded_model_is_saved_as_it_was_but_for_its_weights(folder, tmp_path, tied):
+    norm = load_file(folder / "model.safetensors")["model.norm.weight"]
+    save_llama(folder, GROUPED, random_params(GROUPED, jnp.bfloat16))
+    change_tensors(folder, **{"model.norm.weight": norm})
+    if tied:
+        change_tensors(folder, **{"lm_head.weight": ...})
+    given = {"bos_token_id": 1, "eos_token_id": [2, 5], "max_position_embeddings": 131072}
+    change_settings(folder, tie_word_embeddings=tied, torch_dtype="bfloat16", other=[1], **given)
+    others = {
+        "generation_config.json": '{"eos_token_id": [2, 5]}',
+        "chat_template.jinja": "{{ x }}",
+    }
+    others |= {"tokenizer_config.json": "{}", "tokenizer.model": "pieces", "LICENSE": "as is"}
+    for name, content in others.items():
+        (folder / name).write_text(content)
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+    config, params = load_llama(folder)
+    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) + 1, params)
+    save_llama(tmp_path / "saved", config, trained, like=folder)
+    saved = tmp_path / "saved"
+    assert {path.name for path in saved.iterdir()} == {*others, "config.json", "model.safetensors"}
+    assert {name: (saved / name).read_text() for name in others} == others
+    settings = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    assert json.loads((saved / "config.json").read_text()) == settings
+    written = load_file(saved / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in written.values()} == {"bfloat16", "float32"}
+    assert written["model.norm.weight"].dtype == np.float32
+    expected = jax.tree.map(lambda new, old: new.astype(old.dtype), trained, params)
+    assert_equal_params(load_llama(saved)[1], expected)
+
+
 def test_tensors_have_the_names_and_shapes_of_transformers(folder):
     shapes = {
         name: tensor.shape for name, tensor in load_file(folder / "model.safetensors").items()

@@ -17,9 +17,10 @@ import pytest
 
 from apollo_optax import quantization
 from examples.llama.config import MODELS
-from examples.llama.huggingface import load_llama
+from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import join_params
 from examples.llama.metrics import read_metrics
+from examples.llama.model import init_params
 from examples.llama.pretrain import main
 from tests.examples.tiny_pretrain import TINY, squares
 
@@ -464,6 +465,28 @@ def test_a_run_is_not_resumed_on_another_text(
     changed.write_text(corpus.read_text().replace("square", "second power"))
     error = wrong_input(command(apollo_run[0], "--resume", "--data", str(changed)), capsys)
     assert "text_digest" in error
+
+
+def test_a_large_vocabulary_without_its_tokenizer_is_refused(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = dataclasses.replace(TINY, vocab_size=300)
+    save_llama(tmp_path / "model", model, init_params(model, 0))
+    error = wrong_input(command(tmp_path / "run", "--load", str(tmp_path / "model")), capsys)
+    assert "a vocabulary of 300 ids, which are not bytes; give the --tokenizer" in error
+
+
+@pytest.mark.parametrize("flag", ["--output", "--export"])
+@pytest.mark.parametrize("below", [False, True], ids=["file", "below-file"])
+def test_a_file_where_a_folder_is_to_be_is_refused_before_training(
+    flag: str, below: bool, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    given = tmp_path / "file" / "folder" if below else tmp_path / "file"
+    error = wrong_input(command(tmp_path / "run", flag, str(given)), capsys)
+    assert f"{flag} is {given}, and {tmp_path / 'file'} is a file; choose another folder" in error
+    assert (tmp_path / "file").read_text() == "kept"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_of_more_ids_than_the_loaded_model_has_is_refused(

@@ -32,6 +32,24 @@ def test_bytes_that_are_no_utf8_decode_to_replacement_characters():
     assert load_tokenizer("bytes").decode(np.array([0xC3, 0x41])) == "\ufffdA"
 
 
+def test_ids_that_are_no_bytes_decode_to_replacement_characters():
+    ids = np.array([72, 256, 105, 256 + 65, 31_999, -1])
+    assert load_tokenizer("bytes").decode(ids) == "H\ufffdi\ufffd\ufffd\ufffd"
+
+
+def test_a_tokenizer_that_was_read_is_saved_to_the_byte(trained, tmp_path):
+    trained.tokenizer.save(str(tmp_path / "read.json"), pretty=False)
+    content = json.loads((tmp_path / "read.json").read_text())
+    content["truncation"] = {
+        **{"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0}
+    }
+    (tmp_path / "read.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(str(tmp_path / "read.json"))
+    tokenizer.save(tmp_path / "saved.json")
+    assert (tmp_path / "saved.json").read_bytes() == (tmp_path / "read.json").read_bytes()
+    assert len(tokenizer.encode(DOCUMENTS[0])) > 7
+
+
 @pytest.mark.parametrize("text", [*ODD_TEXTS, *DOCUMENTS])
 def test_trained_tokenizer_decodes_any_text_it_encodes(trained, text):
     ids = trained.encode(text)
