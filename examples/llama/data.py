@@ -88,8 +88,8 @@ def token_windows(
     _check_positive("sequence_length", sequence_length)
     if len(tokens) <= sequence_length:
         raise ValueError(
-            f"the text has {len(tokens):,} tokens, sequence_length is {sequence_length:,}: one "
-            f"window needs {sequence_length + 1:,}; use a shorter sequence_length or more text"
+            f"the text has {len(tokens):,} tokens; one sequence of {sequence_length:,} needs "
+            f"{sequence_length + 1:,}; use a shorter --sequence or more text"
         )
     windows = np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)
     return windows[::sequence_length]
@@ -302,7 +302,7 @@ def _windows_for_batch(
         raise ValueError(
             f"the text has {len(tokens):,} tokens, {len(windows)} windows of {sequence_length}: "
             f"one batch of {batch_size} needs {batch_size * sequence_length + 1:,} tokens; use a "
-            "smaller batch_size, a shorter sequence_length or more text"
+            "smaller --batch, a shorter --sequence or more text"
         )
     return windows
 
@@ -317,7 +317,7 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> sl
         )
     if batch_size % process_count:
         raise ValueError(
-            f"batch_size is {batch_size} over {process_count} processes; expected a multiple of "
+            f"--batch is {batch_size} over {process_count} processes; expected a multiple of "
             f"{process_count}, such as {batch_size - batch_size % process_count + process_count}"
         )
     size = batch_size // process_count

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.llama.command_line import MODEL_NAME
 from examples.llama.config import (
     MODELS,
     PRESETS,
@@ -20,6 +21,7 @@ from examples.llama.optimizers import (
     DEFAULT_LEARNING_RATES,
     FINE_TUNING_LEARNING_RATES,
     OPTIMIZERS,
+    OPTIONS_OF,
     OptimizerName,
     OptimizerSettings,
     ProjectionName,
@@ -48,6 +50,7 @@ CHANGEABLE = frozenset(
     [
         *("optimizer.learning_rate", "optimizer.warmup_fraction", "optimizer.final_fraction"),
         *("optimizer.alpha", "optimizer.update_proj_gap", "optimizer.seed"),
+        "optimizer.total_steps",
         *("spike_limit", "seed"),
     ]
 )
@@ -77,7 +80,7 @@ class ModelOptions:
       remat: Recompute activations in the backward pass: less memory, a third more time.
     """
 
-    name: Annotated[ModelName, tyro.conf.arg(name="model")] = "nano"
+    name: Annotated[ModelName, tyro.conf.arg(name="model"), MODEL_NAME] = "nano"
     preset: Literal["none", "paper"] = "none"
     load: Annotated[Path | None, _default("FOLDER", "none")] = None
     weights: Annotated[
@@ -127,11 +130,15 @@ class OptimizerOptions:
         _default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4; --load: sqrt 5, sqrt 128, 1/4"),
     ] = None
     update_proj_gap: Annotated[int | None, _default("INT", "200")] = None
-    granularity: Literal["channel", "tensor"] = "channel"
-    projection: ProjectionName = "gaussian"
-    norm_growth_limit: float = 1.01
+    granularity: Annotated[
+        Literal["channel", "tensor"] | None, _default("{channel,tensor}", "channel")
+    ] = None
+    projection: Annotated[
+        ProjectionName | None, _default("{gaussian,rademacher,svd}", "gaussian")
+    ] = None
+    norm_growth_limit: Annotated[float | None, _default("FLOAT", "1.01")] = None
     project_embeddings: bool = False
-    momentum: float = 0.9
+    momentum: Annotated[float | None, _default("FLOAT", "0.9")] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +204,7 @@ class OutputOptions:
       resume: Go on from the last checkpoint in --output, with all other flags as they were; from
         the beginning if the run was killed before its first.
       allow_changes: With --resume: go on although the learning rate, its schedule, alpha,
-        update_proj_gap, spike_limit or the seed is another.
+        update_proj_gap, spike_limit or the seed is another, or for more --steps than planned.
       checkpoint_every: Steps between two checkpoints; 0 for the end and interruptions only.
       keep: Checkpoints to keep.
       log_every: Steps between two lines of progress; the metrics have every step.
@@ -302,7 +309,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("batch", "sequence", "micro_batches"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is {getattr(self, name)}; expected at least 1")
         if self.batch % self.micro_batches:
             raise ValueError(
                 f"a batch of {self.batch} sequences cannot be divided in {self.micro_batches} "
@@ -355,6 +363,15 @@ def check_options(config: PretrainConfig) -> None:
             f"{flag} chooses a new model, and --load {model.load} brings one; leave {flag} out, or "
             "--load"
         )
+    names = compared_optimizers(config.optimizer)
+    for setting, users in OPTIONS_OF.items():
+        given = getattr(config.optimizer, setting)
+        is_given = given is not None and given is not False
+        if is_given and not set(users) & set(names):
+            raise ValueError(
+                f"--{setting.replace('_', '-')} does nothing for {', '.join(names)}; it is for "
+                f"{', '.join(users)}"
+            )
     lowest = {
         "--spike-limit": (training.spike_limit, 0),
         "--most-skipped": (training.most_skipped, 1),
@@ -490,11 +507,11 @@ def _optimizer_settings(
         rank=_first(options.rank, defaults.rank),
         alpha=_first(options.alpha, alphas.get(name, _GALORE_ALPHA)),
         update_proj_gap=_first(options.update_proj_gap, defaults.update_proj_gap),
-        granularity=options.granularity,
-        projection=options.projection,
-        norm_growth_limit=options.norm_growth_limit or None,
+        granularity=_first(options.granularity, "channel"),
+        projection=_first(options.projection, "gaussian"),
+        norm_growth_limit=_first(options.norm_growth_limit, 1.01) or None,
         project_embeddings=options.project_embeddings,
-        momentum=options.momentum if name == "sgd" else 0.0,
+        momentum=_first(options.momentum, 0.9) if name == "sgd" else 0.0,
         seed=config.training.seed,
     )
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from apollo_optax import planning
 from apollo_optax.sharding import shardings_of
 from examples.llama import model
+from examples.llama.command_line import MODEL_NAME, parse
 from examples.llama.config import MODELS, PRESETS, parameter_count
 from examples.llama.layered import layered_training
 from examples.llama.mesh import (
@@ -37,6 +38,10 @@ from examples.llama.train import Training, standard_training
 __all__ = ["PlanConfig", "argument_bytes", "main", "plan_report", "plan_step", "weight_bytes"]
 
 _PROGRAM = "python -m examples.llama.plan"
+_EXAMPLES = (
+    "--model 7b --device a100-80gb --weights int8 --update layerwise --sequence 2048",
+    "--model 13b --device tpu-v5e:4x4 --optimizer apollo --mesh fsdp=16 --remat --largest-batch",
+)
 _WEIGHTS: dict[str, DTypeLike] = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.float32}
 _BYTES_A_WEIGHT = {"f32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 128}
 _STEPS = 1000
@@ -67,7 +72,7 @@ class PlanConfig:
       json: Print one JSON object.
     """
 
-    model: ModelName = "7b"
+    model: Annotated[ModelName, MODEL_NAME] = "7b"
     device: str = "a100-80gb"
     optimizer: OptimizerName = "apollo_mini"
     weights: Weights = "bf16"
@@ -92,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 whether or not the step fits, 2 for wrong input.
     """
-    config = tyro.cli(PlanConfig, prog=_PROGRAM, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    config = parse(PlanConfig, _PROGRAM, argv, _EXAMPLES)
     try:
         report = plan_report(config)
     except (ValueError, ImportError) as error:
@@ -132,6 +137,13 @@ def plan_step(config: PlanConfig) -> planning.Plan:
         together.
       ImportError: If the compiler of the device is not installed.
     """
+    for flag, value in (
+        ("--batch", config.batch),
+        ("--sequence", config.sequence),
+        ("--rank", config.rank),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} is {value}; expected at least 1")
     mesh = _mesh(config)
     step, args = _step(config, mesh, config.batch)
     return planning.compile_for(config.device, step, *args, mesh=mesh)

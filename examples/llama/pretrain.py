@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import jax
 import rich.console
-import tyro
 from jax.sharding import Mesh
 
+from examples.llama.command_line import parse
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
 from examples.llama.files import replaced
 from examples.llama.huggingface import StoredModel, describe_llama
 from examples.llama.interruption import caught_signals
+from examples.llama.memory import advice, require_memory
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
 from examples.llama.optimizers import make_optimizer
@@ -47,7 +48,13 @@ from examples.llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 __all__ = ["Plan", "main", "prepare", "train_all"]
 
 _PROGRAM = "python -m examples.llama.pretrain"
+_EXAMPLES = (
+    "--compare adamw,apollo,apollo_mini",
+    "--data my_texts/ --tokenizer train:4096 --optimizer apollo_mini --steps 2000",
+    "--load llama_folder/ --data prose.txt --export tuned/",
+)
 _TOKENIZER = "tokenizer.json"
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _RESUMING = ("--resume", "--allow-changes")
 
 
@@ -79,12 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       count.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[PretrainConfig],
-        prog=_PROGRAM,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    config = parse(PretrainConfig, _PROGRAM, arguments, _EXAMPLES)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(joined_processes(config.processes))
@@ -113,7 +115,10 @@ def _train_and_report(plan: Plan, config: PretrainConfig, arguments: Sequence[st
                 f"--seed: {resuming} --allow-changes",
                 exit_code=1,
             )
-        except jax.errors.JaxRuntimeError as error:
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
+                message = f"error: out of memory: {error}; {advice(plan.runs[0].settings)}"
+                return _answer(message, exit_code=1)
             if jax.process_count() == 1:
                 raise
             lost_process(
@@ -178,19 +183,21 @@ def prepare(config: PretrainConfig) -> Plan:
     ]
     for each in settings:
         make_optimizer(each.optimizer)
+    mesh = _mesh(config, settings[0])
+    runs = [
+        Run(each, folder / name if len(names) > 1 else folder, config.output.resume, mesh)
+        for name, each in zip(names, settings, strict=True)
+    ]
+    for run in runs:
+        require_memory(run)
     training_batches(text, settings[0]).close()
     batches = validation_batches(text, settings[0], max_batches=config.training.evaluation_batches)
-    mesh = _mesh(config, settings[0])
     evaluation = prepare_evaluation(
         settings[0],
         batches,
         every=config.training.evaluate_every or max(1, settings[0].steps // 10),
         mesh=mesh,
     )
-    runs = [
-        Run(each, folder / name if len(names) > 1 else folder, config.output.resume, mesh)
-        for name, each in zip(names, settings, strict=True)
-    ]
     changes = config.output.allow_changes
     runs = [run._replace(resume=has_checkpoint(run, changes=changes)) for run in runs]
     # A folder without one is of a run that was killed before its first.

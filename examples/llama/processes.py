@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -40,6 +41,11 @@ def check_processes(options: ProcessOptions) -> None:
         raise ValueError(
             f"--process is {options.process} of {options.processes}; expected 0 to "
             f"{options.processes - 1}"
+        )
+    elif not re.fullmatch(r".+:\d+", options.coordinator):
+        raise ValueError(
+            f"--coordinator is {options.coordinator}; expected HOST:PORT, the address of process "
+            "0, or auto"
         )
     if options.process_timeout < 1:
         raise ValueError(f"--process-timeout is {options.process_timeout}; expected at least 1")

@@ -50,6 +50,7 @@ __all__ = [
     "Evaluation",
     "Run",
     "TooManySkippedError",
+    "abstract_state",
     "has_checkpoint",
     "initial_params",
     "prepare_evaluation",
@@ -157,13 +158,21 @@ def has_checkpoint(run: Run, *, changes: bool = False) -> bool:
             f"{run.folder} holds a run already; go on with it by --resume, or choose another "
             "--output"
         )
-    differences = differing_settings(
-        record["settings"], _as_json(run.settings), but=CHANGEABLE if changes else ()
-    )
+    saved, given = record["settings"], _as_json(run.settings)
+    fixed = differing_settings(saved, given, but=CHANGEABLE)
+    differences = fixed if changes else differing_settings(saved, given)
     if differences:
+        remedy = "" if fixed else "Add --allow-changes to go on with the new values, or resume"
+        named = "; ".join(differences).replace("optimizer.total_steps", "--steps")
         raise ValueError(
-            f"the checkpoint in {run.folder} is of another run: {'; '.join(differences)}. Resume "
-            "with the flags it was started with, or choose another --output"
+            f"the checkpoint in {run.folder} is of another run: {named}. {remedy or 'Resume'} with "
+            "the flags it was started with, or choose another --output"
+        )
+    planned = saved["optimizer"]["total_steps"]
+    if run.settings.steps < planned:
+        raise ValueError(
+            f"--steps is {run.settings.steps} and the run in {run.folder} was planned for "
+            f"{planned}; a run can be made longer, not shorter"
         )
     return True
 
@@ -234,7 +243,8 @@ def read_result(run: Run) -> RunResult | None:
     path = run.folder / _RESULT
     if not (run.resume and path.exists()):
         return None
-    return RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    result = RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    return result if result.steps == run.settings.steps else None
 
 
 class _Start(NamedTuple):
@@ -255,12 +265,7 @@ def _start(run: Run, text: Text, console: rich.console.Console) -> _Start:
         # Donated, so that no second copy of the weights exists.
         init = jax.jit(init_state, donate_argnums=0, out_shardings=placement.state)
         return _Start(init(params), batches, 0.0)
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: init_state(_new_params(settings))),
-        placement.state,
-    )
-    restored = restore(run.folder / _CHECKPOINTS, abstract_state)
+    restored = restore(run.folder / _CHECKPOINTS, abstract_state(run))
     for damage in restored.damaged:
         console.print(
             f"The checkpoint of step {damage.step} is damaged, {damage.reason}. It was moved to "
@@ -268,6 +273,16 @@ def _start(run: Run, text: Text, console: rich.console.Console) -> _Start:
         )
     batches.set_state(restored.record["batches"])
     return _Start(restored.state, batches, restored.record["seconds"])
+
+
+def abstract_state(run: Run) -> train.TrainState:
+    """Returns the ShapeDtypeStructs of the run's state, with their shardings."""
+    init_state = training(run.settings).init_state
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(_new_params(run.settings))),
+        _placement(run).state,
+    )
 
 
 class _Placement(NamedTuple):

@@ -240,7 +240,7 @@ def test_text_is_enough_exactly_from_one_whole_batch_on(shortage):
 
 @pytest.mark.parametrize("length", [0, SEQUENCE_LENGTH])
 def test_text_shorter_than_one_window_is_refused(length):
-    with pytest.raises(ValueError, match=r"one window needs 5; use a shorter sequence_length"):
+    with pytest.raises(ValueError, match=r"one sequence of 4 needs 5; use a shorter --sequence"):
         batches(np.arange(length))
 
 
@@ -254,7 +254,7 @@ def test_text_shorter_than_one_window_is_refused(length):
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
         ({"process_count": 0}, "process_count is 0; expected at least 1"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
-        ({"process_count": 3}, "batch_size is 4 over 3 processes; expected a multiple of 3"),
+        ({"process_count": 3}, "--batch is 4 over 3 processes; expected a multiple of 3"),
     ],
 )
 def test_bad_argument_is_refused_at_construction(make, options, message):

@@ -6,7 +6,7 @@ import pytest
 
 from examples.llama.config import MODELS
 from examples.llama.huggingface import StoredModel
-from examples.llama.optimizers import DEFAULT_LEARNING_RATES, OPTIMIZERS, OptimizerName
+from examples.llama.optimizers import DEFAULT_LEARNING_RATES, OPTIMIZERS, OPTIONS_OF, OptimizerName
 from examples.llama.options import (
     ModelName,
     ModelOptions,
@@ -145,6 +145,34 @@ def test_research_options_reach_the_optimizer() -> None:
     assert (found.granularity, found.projection, found.norm_growth_limit) == ("tensor", "svd", None)
 
 
+NO_EFFECT = [
+    ("adamw", "rank", 4, "--rank does nothing for adamw; it is for apollo, galore"),
+    ("apollo", "momentum", 0.0, "--momentum does nothing for apollo; it is for sgd"),
+    ("apollo_mini", "granularity", "channel", "--granularity does nothing for apollo_mini"),
+    ("lion", "alpha", 1.0, "--alpha does nothing for lion"),
+    ("galore", "projection", "gaussian", "--projection does nothing for galore"),
+    ("muon", "norm_growth_limit", 0.0, "--norm-growth-limit does nothing for muon"),
+    ("sgd", "update_proj_gap", 200, "--update-proj-gap does nothing for sgd"),
+    ("adafactor", "project_embeddings", True, "--project-embeddings does nothing for adafactor"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value", "message"), NO_EFFECT)
+def test_a_flag_that_does_nothing_for_the_optimizer_is_refused(
+    name: Any, field: str, value: Any, message: str
+) -> None:
+    given: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=message):
+        check_options(PretrainConfig(optimizer=OptimizerOptions(name=name, **given)))
+    both = f"{name},{OPTIONS_OF[field][0]}"
+    check_options(PretrainConfig(optimizer=OptimizerOptions(compare=both, **given)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_is_refused_by_its_own_defaults(name: Any) -> None:
+    check_options(PretrainConfig(optimizer=OptimizerOptions(name=name)))
+
+
 def test_compared_optimizers_come_in_the_order_given() -> None:
     assert compared_optimizers(OptimizerOptions(compare="sgd, adamw")) == ("sgd", "adamw")
     assert compared_optimizers(OptimizerOptions(name="muon")) == ("muon",)
@@ -161,7 +189,7 @@ def test_wrong_comparisons_are_named(compare: str, named: str) -> None:
 @pytest.mark.parametrize("field", ["batch", "sequence", "micro_batches"])
 def test_sizes_below_one_are_named(field: str) -> None:
     options: Any = {field: 0}
-    with pytest.raises(ValueError, match=f"{field} is 0"):
+    with pytest.raises(ValueError, match=f"^--{field.replace('_', '-')} is 0"):
         resolved("apollo", training=TrainingOptions(**options))
 
 

@@ -48,6 +48,15 @@ def test_report_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert "largest batch" not in output
 
 
+@pytest.mark.parametrize("flag", ["--batch", "--sequence", "--rank"])
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_sizes_below_one_are_answered_in_one_line(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, flag, value]) == 2
+    assert capsys.readouterr().err == f"error: {flag} is {value}; expected at least 1\n"
+
+
 @pytest.mark.planning
 @pytest.mark.parametrize("device", ["rtx-4060-8gb", "tpu-v5e"])
 def test_7b_begins_where_its_int8_step_fits(device: str) -> None:

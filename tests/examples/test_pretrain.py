@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from apollo_optax import quantization
+from examples.llama import memory
 from examples.llama.config import MODELS
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import join_params
@@ -440,6 +441,33 @@ def test_a_run_is_not_resumed_with_another_setting(
     error = wrong_input(command(apollo_run[0], "--resume", "--alpha", "3"), capsys)
     assert "optimizer.alpha is 1.0 there and 3.0 here" in error
     assert "seed" not in error
+    assert "--allow-changes" in error
+    error = wrong_input(command(apollo_run[0], "--resume", "--rank", "3"), capsys)
+    assert "optimizer.rank is 4 there and 3 here" in error
+    assert "--allow-changes" not in error
+
+
+def test_a_finished_run_is_made_longer_only_if_asked_to(
+    apollo_run: tuple[Path, str],
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "longer"
+    shutil.copytree(apollo_run[0], folder)
+    longer = ["--resume", "--steps", "8", "--learning-rate", "0.001"]
+    error = wrong_input(command(folder, *longer), capsys)
+    assert "--steps is 6 there and 8 here" in error
+    assert "Add --allow-changes" in error
+    assert run(command(folder, *longer, "--allow-changes"))[0] == 0
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert lines[6]["learning_rate"] < 0.001
+    assert json.loads((folder / "result.json").read_text())["steps"] == 8
+    shorter = ["--resume", "--allow-changes", "--steps", "7", "--learning-rate", "0.001"]
+    assert "planned for 8; a run can be made longer" in wrong_input(
+        command(folder, *shorter), capsys
+    )
 
 
 def test_a_checkpoint_of_another_model_is_named_by_the_field_that_differs(
@@ -487,6 +515,40 @@ def test_a_file_where_a_folder_is_to_be_is_refused_before_training(
     assert f"{flag} is {given}, and {tmp_path / 'file'} is a file; choose another folder" in error
     assert (tmp_path / "file").read_text() == "kept"
     assert not (tmp_path / "run").exists()
+
+
+# More than a process can address, so that no machine gives it.
+HUGE = dataclasses.replace(TINY, hidden_size=2**24, intermediate_size=2**24, num_layers=1)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(MODELS, "nano", HUGE)
+    error = wrong_input(command(tmp_path / "run", "--optimizer", "adamw"), capsys)
+    assert "a device needs at least" in error
+    assert "weights 7.34e+06 GiB, optimizer state 1.47e+07 GiB, gradients 7.34e+06 GiB" in error
+    assert "to need less: --micro-batches 4, --remat, --update layerwise, --weights bf16" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_memory_left_is_answered_in_one_line_that_says_how_to_need_less(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(MODELS, "nano", HUGE)
+    monkeypatch.setattr(memory, "device_bytes", lambda run: 2**80)
+    code, _ = run(command(tmp_path / "run", "--optimizer", "adamw"))
+    error = capsys.readouterr().err
+    assert code == 1
+    assert error.startswith("error: out of memory: RESOURCE_EXHAUSTED")
+    assert "to need less: --micro-batches 4, --remat, --update layerwise" in error
+    assert error.count("\n") == 1
 
 
 def test_a_tokenizer_of_more_ids_than_the_loaded_model_has_is_refused(

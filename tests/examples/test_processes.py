@@ -171,6 +171,7 @@ def test_sigterm_to_one_saves_in_all_and_a_damaged_checkpoint_is_skipped_by_all(
     ("options", "named"),
     [
         (ProcessOptions(processes=2, process=0), "need --coordinator HOST:PORT"),
+        (ProcessOptions("foo", 2, 0), "--coordinator is foo; expected HOST:PORT"),
         (ProcessOptions("auto", process=1), "need --coordinator HOST:PORT"),
         (ProcessOptions("host:1", processes=2), "needs --processes, how many there are, and"),
         (ProcessOptions("host:1", 2, 2), "--process is 2 of 2; expected 0 to 1"),

@@ -1,0 +1,116 @@
+"""Reads a command line: names of models in any case, wrong input answered in one line."""
+
+import contextlib
+import difflib
+import inspect
+import io
+import math
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from examples.llama.config import MODELS
+
+__all__ = ["MODEL_NAME", "model_name", "parse"]
+
+_Config = TypeVar("_Config")
+_UNITS = {"m": 1e6, "b": 1e9}
+
+
+def model_name(text: str) -> str:
+    """Returns the name of a model that was given in any case.
+
+    Raises:
+      ValueError: If there is none; with the nearest names.
+
+    >>> model_name("7B")
+    '7b'
+    """
+    name = text.lower()
+    if name in MODELS:
+        return name
+    size = _size(name)
+    if size is None:
+        near = difflib.get_close_matches(name, MODELS, n=2, cutoff=0.3)
+    else:
+        sized = [name for name in MODELS if _size(name)]
+        near = sorted(sized, key=lambda other: abs(math.log(size / (_size(other) or 1))))[:2]
+    nearest = f"near it are {' and '.join(near)}; " if near else ""
+    raise ValueError(f"there is no model {text!r}; {nearest}allowed are {', '.join(MODELS)}")
+
+
+def _size(name: str) -> float | None:
+    found = re.fullmatch(r"(\d*\.?\d+)([mb])", name)
+    return float(found[1]) * _UNITS[found[2]] or None if found else None
+
+
+MODEL_NAME = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="{" + ",".join(MODELS) + "}",
+    instance_from_str=lambda arguments: model_name(arguments[0]),
+    is_instance=lambda value: value in MODELS,
+    str_from_instance=lambda name: [name],
+)
+"""What makes a field of a command line the name of a model."""
+
+
+def parse(
+    config: type[_Config], program: str, argv: Sequence[str] | None, examples: Sequence[str]
+) -> _Config:
+    """Makes a dataclass of a command line.
+
+    Args:
+      config: The dataclass. Its docstring without the attributes begins the help.
+      program: What the help and messages call the program.
+      argv: The arguments; those of the process if None.
+      examples: Arguments that the help shows.
+
+    Returns:
+      The dataclass.
+
+    Raises:
+      SystemExit: After `--help`, with code 0; after wrong input, with code 2 and one line on
+        stderr.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                config,
+                prog=program,
+                description=_description(config, program, examples),
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            )
+    except SystemExit:
+        if errors.getvalue():
+            print(_one_line(errors.getvalue(), program), file=sys.stderr)
+        raise
+
+
+def _description(config: type[Any], program: str, examples: Sequence[str]) -> str:
+    # tyro leaves long lines to the window, which cuts words, and joins lines that are not indented.
+    width = min(100, shutil.get_terminal_size().columns)
+    about = inspect.cleandoc(config.__doc__ or "").split("Attributes:")[0].strip()
+    paragraphs = [
+        textwrap.fill(paragraph, width, subsequent_indent="  ") for paragraph in about.split("\n\n")
+    ]
+    shown = [f"  {program} {example}" for example in examples]
+    return "\n\n".join([*paragraphs, "\n".join(["Examples:", *shown])])
+
+
+def _one_line(box: str, program: str) -> str:
+    """What a box of tyro's says: the error, and the flags that may have been meant."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    sections = re.split(r"[─-]{5,}", " ".join(lines[1:]))
+    message, *more = [section.strip() for section in sections if section.strip()]
+    message = message.split("Got errors:")[0].replace("{None}|", "").strip().rstrip(".")
+    meant = [flag for part in more if "meant" in part for flag in re.findall(r"(--[\w-]+)", part)]
+    if meant:
+        message += f"; perhaps you meant {meant[0]}"
+    return f"error: {message[:1].lower()}{message[1:]}. All flags: {program} --help"
