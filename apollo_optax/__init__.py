@@ -1,5 +1,7 @@
 """APOLLO and APOLLO-Mini as Optax gradient transformations: AdamW's training at SGD's memory."""
 
+import importlib.metadata
+
 from apollo_optax._alias import apollo, apollo_mini
 from apollo_optax._apollo import ScaleByApolloState, scale_by_apollo
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
@@ -7,6 +9,11 @@ from apollo_optax._matrices import ApolloDimensionNumbers
 from apollo_optax._names import transformer_dimension_numbers
 from apollo_optax._projections import Projection, gaussian, rademacher, svd
 from apollo_optax._rounding import apply_updates_stochastic
+
+try:
+    __version__ = importlib.metadata.version("apollo-optax")
+except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "ApolloDimensionNumbers",

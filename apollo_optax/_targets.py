@@ -342,7 +342,7 @@ def missing_compiler(chips: str, package: str) -> ImportError:
     """The error for a compiler that is not installed."""
     return ImportError(
         f"planning for {chips} needs their compiler, {package}, in the version that goes with "
-        f"jax {jax.__version__}: pip install 'apollo-optax[planning]'"
+        f"jax {jax.__version__}; in the checkout: pip install -e '.[planning]'"
     )
 
 

@@ -45,7 +45,8 @@ try:
     from qwix import QArray
 except ImportError as error:
     raise ImportError(
-        "apollo_optax.quantization needs qwix: pip install 'apollo-optax[quantization]'"
+        "apollo_optax.quantization needs qwix; in the checkout of apollo-optax: "
+        "pip install -e '.[quantization]'"
     ) from error
 
 __all__ = [

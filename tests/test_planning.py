@@ -143,7 +143,7 @@ def test_usable_memory_of_a_gpu_is_a_little_below_its_name(name):
 def test_missing_compiler_names_what_to_install(monkeypatch, name, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(ImportError, match=rf"{package}.*pip install 'apollo-optax\[planning\]'"):
+    with pytest.raises(ImportError, match=rf"{package}.*pip install -e '\.\[planning\]'"):
         compile_for(name, jnp.tanh, shaped(8))
 
 

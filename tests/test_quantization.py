@@ -546,7 +546,7 @@ def test_layerwise_step_moves_int8_weights_as_the_ordinary_step():
 def test_without_qwix_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     monkeypatch.delitem(sys.modules, "apollo_optax.quantization")
-    with pytest.raises(ImportError, match=r"pip install 'apollo-optax\[quantization\]'") as error:
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[quantization\]'") as error:
         importlib.import_module("apollo_optax.quantization")
     assert isinstance(error.value.__cause__, ModuleNotFoundError)
 

@@ -57,7 +57,7 @@ def _open(source: str, name: str, config: str | None) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{source}: streaming needs datasets: pip install apollo-optax[hub]"
+            f"{source}: streaming needs datasets; in the checkout: pip install -e '.[hub]'"
         ) from error
     try:
         return datasets.load_dataset_builder(name, config)

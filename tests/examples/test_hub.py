@@ -167,5 +167,5 @@ def test_source_that_names_no_data_set_is_refused(source):
 
 def test_streaming_without_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install apollo-optax\[hub\]"):
+    with pytest.raises(ImportError, match=r"in the checkout: pip install -e '\.\[hub\]'"):
         load_corpus("hf:allenai/c4")

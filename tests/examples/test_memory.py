@@ -24,15 +24,16 @@ def run_of(name: Any, model: Any = "nano", mesh: Any = None, **options: Any) -> 
     return Run(settings, Path("run"), resume=False, mesh=mesh)
 
 
-@pytest.mark.parametrize("update", ["standard", "layerwise"])
-@pytest.mark.parametrize("name", ["adamw", "apollo_mini"])
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize(("name", "update"), [("adamw", "standard"), ("apollo_mini", "layerwise")])
 def test_no_compiled_step_needs_less_than_the_least(name: Any, update: Any) -> None:
     sizes: dict[str, Any] = {"batch": 4, "sequence": 64, "micro_batches": 1, "update": update}
     needed = needed_bytes(run_of(name, **sizes))
     plan = plan_step(
         PlanConfig("nano", "cpu", name, weights="f32", update=update, batch=4, sequence=64)
     )
-    assert 0.5 * plan.peak_bytes < sum(needed) < plan.peak_bytes
+    assert plan.argument_bytes is not None
+    assert plan.argument_bytes < sum(needed) < plan.peak_bytes
 
 
 def test_a_mesh_divides_what_a_device_needs() -> None:
