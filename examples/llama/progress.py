@@ -7,6 +7,7 @@ from typing import NamedTuple
 import rich.console
 import rich.progress
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.table import Column
 
 __all__ = ["Progress", "duration", "show_progress"]
 
@@ -63,7 +64,9 @@ def show_progress(
             show_skipped,
         )
         return
-    columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn())
+    # Of a narrow window the text at the end is cut, not the count.
+    count = MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1))
+    columns = (TextColumn("{task.description}"), BarColumn(16), count)
     with rich.progress.Progress(
         *columns, TextColumn("{task.fields[last]}"), console=console
     ) as progress_bar:

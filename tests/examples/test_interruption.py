@@ -1,4 +1,6 @@
+import queue
 import signal
+import threading
 
 import pytest
 
@@ -11,6 +13,26 @@ def test_the_first_signal_is_only_noted(number: signal.Signals) -> None:
         assert not caught
         signal.raise_signal(number)
         assert caught == [number]
+
+
+def test_a_signal_is_announced_though_the_main_thread_runs_no_python() -> None:
+    announced = queue.SimpleQueue[tuple[str, threading.Thread]]()
+    with caught_signals(lambda said: announced.put((said, threading.current_thread()))):
+        signal.raise_signal(signal.SIGINT)
+        said, thread = announced.get(timeout=60)
+    assert "Stopping after this step" in said
+    assert thread is not threading.main_thread()
+    assert announced.empty()
+
+
+def test_without_a_signal_nothing_is_announced_and_nothing_left_running() -> None:
+    announced: list[str] = []
+    threads = threading.active_count()
+    with caught_signals(announced.append):
+        pass
+    assert not announced
+    assert threading.active_count() == threads
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_the_second_signal_aborts() -> None:
