@@ -20,7 +20,11 @@ author = "The apollo-optax authors"
 project_copyright = f"2026, {author}. Apache-2.0"
 release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"]
+# The last one brings MathJax itself, so that formulas are rendered without a network.
+extensions = [
+    *("sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"),
+    "sphinx-mathjax-offline",
+]
 exclude_patterns = ["_build"]
 suppress_warnings = ["toc.empty_glob"]  # a checkout without notebooks builds too
 
@@ -83,8 +87,22 @@ def mark_code(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: l
     lines[:] = text.split("\n")
 
 
+def keep_outputs_in_build(app: Sphinx) -> None:
+    """Has MyST-NB write the notebooks' pictures into the build folder, not beside it."""
+    folder = Path(app.doctreedir) / "notebook_outputs"
+    app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=str(folder))
+
+
+def remove_copies(app: Sphinx, error: Exception | None) -> None:
+    """Removes the copies of the notebooks."""
+    del app, error
+    shutil.rmtree(COPIES, ignore_errors=True)
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx before it looks for pages."""
     copy_notebooks()
+    app.connect("builder-inited", keep_outputs_in_build, priority=900)
+    app.connect("build-finished", remove_copies)
     app.connect("source-read", mark_downloads)
     app.connect("autodoc-process-docstring", mark_code)

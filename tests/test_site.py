@@ -33,6 +33,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "html"
 
 
+def test_formulas_are_rendered_without_a_network(site: Path) -> None:
+    scripts = re.findall(r'<script[^>]* src="([^"]+)"', (site / "api.html").read_text("utf-8"))
+    assert not [script for script in scripts if "://" in script]
+    (mathjax,) = (script.split("?")[0] for script in scripts if "mathjax" in script)
+    assert (site / mathjax).is_file()
+
+
+def test_the_build_leaves_nothing_beside_it(site: Path) -> None:
+    assert {path.name for path in site.parent.iterdir()} == {"html", "doctrees"}
+    assert not (DOCS / "_notebooks").exists()
+
+
 def entries(site: Path) -> set[str]:
     page = (site / "api.html").read_text(encoding="utf-8")
     return set(re.findall(r'<dt class="sig[^"]*" id="([^"]+)"', page))

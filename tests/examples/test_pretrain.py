@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from apollo_optax import quantization
-from examples.llama import memory
+from examples.llama import pretrain
 from examples.llama.config import MODELS
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import join_params
@@ -535,20 +535,31 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 123 bytes."),
+        MemoryError("Unable to allocate 123 bytes"),
+    ],
+    ids=["device", "host"],
+)
 def test_no_memory_left_is_answered_in_one_line_that_says_how_to_need_less(
+    error: Exception,
     command: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(MODELS, "nano", HUGE)
-    monkeypatch.setattr(memory, "device_bytes", lambda run: 2**80)
-    code, _ = run(command(tmp_path / "run", "--optimizer", "adamw"))
-    error = capsys.readouterr().err
-    assert code == 1
-    assert error.startswith("error: out of memory: RESOURCE_EXHAUSTED")
-    assert "to need less: --micro-batches 4, --remat, --update layerwise" in error
-    assert error.count("\n") == 1
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pretrain, "train_run", fail)
+    assert main(command(tmp_path / "run", "--optimizer", "adamw")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ")
+    assert "allocat" in said
+    assert "to need less: --micro-batches 4, --remat, --update layerwise, --weights bf16" in said
+    assert said.count("\n") == 1
 
 
 def test_a_tokenizer_of_more_ids_than_the_loaded_model_has_is_refused(
