@@ -90,7 +90,8 @@ def mark_code(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: l
 def keep_outputs_in_build(app: Sphinx) -> None:
     """Has MyST-NB write the notebooks' pictures into the build folder, not beside it."""
     folder = Path(app.doctreedir) / "notebook_outputs"
-    app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=str(folder))
+    env: Any = app.env
+    env.mystnb_config = env.mystnb_config.copy(output_folder=str(folder))
 
 
 def remove_copies(app: Sphinx, error: Exception | None) -> None:
