@@ -443,7 +443,7 @@ def test_a_run_is_not_resumed_with_another_setting(
     assert "seed" not in error
     assert "--allow-changes" in error
     error = wrong_input(command(apollo_run[0], "--resume", "--rank", "3"), capsys)
-    assert "optimizer.rank is 4 there and 3 here" in error
+    assert "optimizer.rank is 32 there and 3 here" in error
     assert "--allow-changes" not in error
 
 
