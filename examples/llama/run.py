@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,6 +42,7 @@ from examples.llama.options import CHANGEABLE, OutputOptions, RunSettings
 from examples.llama.processes import agreed, everywhere, writes_files
 from examples.llama.progress import Progress, show_progress
 from examples.llama.report import RunResult
+from examples.llama.step_times import StepTimes
 from examples.llama.text import Text, training_batches
 from examples.llama.tokenizer import ByteTokenizer
 
@@ -64,7 +64,6 @@ _FLOATS = _DTYPES | {"int8": jnp.float32}
 
 # Enough to keep the device busy, few enough for Ctrl-C to answer at once.
 _STEPS_IN_FLIGHT = 2
-_STEPS_TIMED = 10_000
 _CHECKPOINTS = "checkpoints"
 _RESULT = "result.json"
 _PROMPT_TOKENS = 32
@@ -369,10 +368,10 @@ class _Kept(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """What came of the steps: the state, each one's seconds, the last validation loss if any."""
+    """What came of the steps: the state, their times, the last validation loss if any."""
 
     state: train.TrainState
-    step_seconds: Sequence[float]
+    times: StepTimes
     validation_loss: float | None
 
 
@@ -413,18 +412,17 @@ def _take_steps(
     log_every = kept.options.log_every or min(100, max(1, steps // 50))
     train_step = _compile_step(run, state)
     is_stopped = agreed(stopped, run.mesh)
-    watch = _Watch(settings, state, kept)
+    times = StepTimes(time.perf_counter)
+    watch = _Watch(settings, state, kept, times)
     outcomes: list[Outcome] = []
-    step_seconds: collections.deque[float] = collections.deque(maxlen=_STEPS_TIMED)
     validation_loss = None
     save_is_due = False
     began = time.perf_counter() - start.seconds
     for step in range(int(state.step) + 1, steps + 1):
-        step_began = time.perf_counter()
+        step_began = times.begin()
         state, outcome = train_step(state, next(batches)["tokens"])
         outcomes.append(outcome)
-        watch.see(step, outcome, in_flight=_STEPS_IN_FLIGHT)
-        step_seconds.append(time.perf_counter() - step_began)
+        watch.see(step, outcome, step_began, in_flight=_STEPS_IN_FLIGHT)
 
         ends = is_stopped() or step == steps
         evaluates = step == steps or _is_due(step, evaluation.every)
@@ -434,9 +432,7 @@ def _take_steps(
             watch.settle()
             for line in watch.metrics(step, jax.device_get(outcomes)):
                 kept.write(line | {"seconds": time.perf_counter() - began})
-            kept.show.step(
-                step, float(outcome.loss), statistics.median(list(step_seconds)[-log_every:])
-            )
+            kept.show.step(step, float(outcome.loss), times.median(last=log_every))
             outcomes.clear()
         if gives_up:
             raise TooManySkippedError(
@@ -458,7 +454,7 @@ def _take_steps(
             save_is_due = False
         if ends:
             break
-    return _Taken(state, step_seconds, validation_loss)
+    return _Taken(state, times, validation_loss)
 
 
 def _last_saved(checkpoints: ocp.CheckpointManager) -> str:
@@ -480,20 +476,22 @@ class _Watch:
       last_cause: Why the last one of them was.
     """
 
-    def __init__(self, settings: RunSettings, state: train.TrainState, kept: _Kept):
+    def __init__(
+        self, settings: RunSettings, state: train.TrainState, kept: _Kept, times: StepTimes
+    ):
         health = train.health_of(state)
         self.skipped_in_a_row = int(health.in_a_row)
         self.last_cause = ""
         self._skipped = int(health.skipped)
         self._taken_before_metrics = int(state.step) - self._skipped
-        self._settings, self._show = settings, kept.show
+        self._settings, self._show, self._times = settings, kept.show, times
         schedule = learning_rate_schedule(settings.optimizer)
         self._learning_rates = np.asarray(schedule(np.arange(settings.steps)))
-        self._unseen: collections.deque[tuple[int, Outcome]] = collections.deque()
+        self._unseen: collections.deque[tuple[int, Outcome, float]] = collections.deque()
 
-    def see(self, step: int, outcome: Outcome, *, in_flight: int) -> None:
-        """Takes up a step, and waits until so many at most are not done."""
-        self._unseen.append((step, outcome))
+    def see(self, step: int, outcome: Outcome, began: float, *, in_flight: int) -> None:
+        """Takes up a step that began then, and waits until so many at most are not done."""
+        self._unseen.append((step, outcome, began))
         while len(self._unseen) >= in_flight:
             self._see_one(*self._unseen.popleft())
 
@@ -502,8 +500,8 @@ class _Watch:
         while self._unseen:
             self._see_one(*self._unseen.popleft())
 
-    def _see_one(self, step: int, outcome: Outcome) -> None:
-        cause = cause_of(outcome)
+    def _see_one(self, step: int, outcome: Outcome, began: float) -> None:
+        cause = cause_of(self._times.wait(began, outcome))
         if not cause:
             self.skipped_in_a_row = 0
             return
@@ -543,7 +541,7 @@ def _result(run: Run, taken: _Taken, text: Text, options: OutputOptions) -> RunR
         bits_per_byte=validation_loss / math.log(2) if is_bytes else None,
         state_bytes=tree_bytes(state.opt_state),
         parameter_bytes=tree_bytes(state.params),
-        step_milliseconds=_step_milliseconds(run, taken.step_seconds),
+        step_milliseconds=_step_milliseconds(run, taken.times),
         skipped_steps=int(train.health_of(state).skipped),
         sample=_sample(settings, state.params, text, options),
         machine=machine(),
@@ -565,9 +563,9 @@ def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
         text.tokenizer.save(partial / "tokenizer.json")
 
 
-def _step_milliseconds(run: Run, step_seconds: Sequence[float]) -> float | None:
-    if step_seconds:
-        return 1000 * statistics.median(step_seconds)
+def _step_milliseconds(run: Run, times: StepTimes) -> float | None:
+    if times:
+        return 1000 * times.median()
     finished_before = read_result(run)
     return finished_before.step_milliseconds if finished_before else None
 
