@@ -10,18 +10,26 @@ options, all of `GRID`.
 import argparse
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 from benchmarks.nano import train_nano
-from benchmarks.rows import RESULTS, add_row, read_rows
+from benchmarks.rows import RESULTS, Row, add_row, read_rows
 from examples.llama import optimizers
-from examples.llama.config import MODELS
+from examples.llama.config import MODELS, PRESETS
 from examples.llama.train import standard_training
 
 OUTPUT = RESULTS / "nano_learning_rates.json"
-STEPS = 400
-
-# (learning rate, alpha, part of the steps for warm-up)
-GRID: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
+STEPS = PRESETS["nano"].steps
+WARMUP_FRACTION = PRESETS["nano"].warmup_fraction
+_ALPHAS = {"adamw": 1.0, "apollo": 1.0, "apollo_mini": PRESETS["nano"].alpha_mini}
+_RATES: dict[optimizers.OptimizerName, tuple[float, ...]] = {
+    "adamw": (2e-3, 4e-3, 8e-3),
+    "apollo": (2e-2, 4e-2, 8e-2),
+    "apollo_mini": (2e-2, 4e-2, 8e-2),
+}
+# For how long to warm up: (learning rate, alpha, part of the steps), of runs of 400 steps.
+_WARMUP_STEPS = 400
+_WARMUPS: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
     "adamw": list(itertools.product((1e-3, 2e-3, 4e-3), (1.0,), (0.1, 0.3))),
     "apollo": [
         *((learning_rate, 1.0, 0.1) for learning_rate in (5e-3, 1e-2, 2e-2)),
@@ -33,6 +41,65 @@ GRID: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
         (2e-2, 4.0, 0.5),
     ],
 }
+# (optimizer, steps, learning rate, alpha, part of the steps for warm-up)
+GRID: list[tuple[optimizers.OptimizerName, int, float, float, float]] = [
+    *(
+        (name, STEPS, rate, _ALPHAS[name], WARMUP_FRACTION)
+        for name, rates in _RATES.items()
+        for rate in rates
+    ),
+    *(
+        (name, _WARMUP_STEPS, *setting)
+        for name, settings in _WARMUPS.items()
+        for setting in settings
+    ),
+]
+_LABELS = {"adamw": "AdamW", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The learning rates of the README's comparison: a line an optimizer's rate."""
+    lines = [
+        "| optimizer | learning rate | scale | validation loss |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    of_steps = [row for row in rows if row["total_steps"] == STEPS]
+    for name, label in _LABELS.items():
+        losses = {
+            (row["learning_rate"], row["alpha"]): row["validation_loss"]
+            for row in of_steps
+            if row["name"] == name
+        }
+        lines += [
+            f"| {label} | {rate:g} | {_scale(name, alpha)} | {losses[rate, alpha]:.3f} |"
+            for rate, alpha in sorted(losses)
+        ]
+    return "\n".join(lines)
+
+
+def warmup_table(rows: Sequence[Row]) -> str:
+    """How long to warm up: a line an optimizer's rate and scale."""
+    lines = [
+        "| optimizer | learning rate | scale | warm-up 10% | warm-up 30% |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    losses = {
+        (row["name"], row["learning_rate"], row["alpha"], row["warmup_fraction"]): (
+            f"{row['validation_loss']:.3f}"
+        )
+        for row in rows
+        if row["total_steps"] == _WARMUP_STEPS
+    }
+    for name, label in _LABELS.items():
+        settings = {key[1:3] for key in losses if key[0] == name and key[3] in (0.1, 0.3)}
+        for rate, alpha in sorted(settings):
+            short, long = (losses.get((name, rate, alpha, part), "") for part in (0.1, 0.3))
+            lines.append(f"| {label} | {rate:g} | {_scale(name, alpha)} | {short} | {long} |")
+    return "\n".join(lines)
+
+
+def _scale(name: str, alpha: float) -> str:
+    return "" if name == "adamw" else f"{alpha:g}"
 
 
 def main() -> None:
@@ -41,34 +108,39 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=[*GRID])
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--alpha", type=float, default=1.0)
-    parser.add_argument("--warmup-fraction", type=float, default=0.1)
+    parser.add_argument("--warmup-fraction", type=float, default=WARMUP_FRACTION)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    grid = [(name, *setting) for name, settings in GRID.items() for setting in settings]
+    grid = [setting for setting in GRID if options.optimizer in (None, setting[0])]
     if options.learning_rate is not None:
         setting = (options.learning_rate, options.alpha, options.warmup_fraction)
-        grid = [(options.optimizer, *setting)]
-    elif options.optimizer is not None:
-        grid = [setting for setting in grid if setting[0] == options.optimizer]
-    for name, learning_rate, alpha, warmup_fraction in grid:
+        grid = [(options.optimizer, options.steps, *setting)]
+    for name, steps, learning_rate, alpha, warmup_fraction in grid:
         settings = optimizers.OptimizerSettings(
             name,
             learning_rate,
-            options.steps,
+            steps,
             warmup_fraction,
             alpha=alpha,
-            rank=MODELS["nano"].hidden_size // 4,
+            rank=PRESETS["nano"].rank,
         )
         row = dataclasses.asdict(settings)
-        if any(row.items() <= done.items() for done in read_rows(OUTPUT)):
+        if any(_same_setting(row, done) for done in read_rows(OUTPUT)):
             continue
         tx = optimizers.make_optimizer(settings)
-        training = standard_training(MODELS["nano"], tx, dtype="float32")
-        row |= train_nano(training, options.steps)
+        training = standard_training(
+            MODELS["nano"], tx, dtype="float32", micro_batches=PRESETS["nano"].micro_batches
+        )
+        row["validation_loss"] = train_nano(training, steps)["validation_loss"]
         add_row(OUTPUT, "python -m benchmarks.nano_learning_rates", row)
         print(
             f"{name} {learning_rate:g} alpha {alpha:.3g}: {row['validation_loss']:.4f}", flush=True
         )
+
+
+def _same_setting(row: Row, done: Row) -> bool:
+    # Rows made before a setting existed are of its default.
+    return all(done.get(name, value) == value for name, value in row.items())
 
 
 if __name__ == "__main__":

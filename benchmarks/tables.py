@@ -20,6 +20,8 @@ from benchmarks import (
     load_memory,
     long_run,
     maxtext_recipe,
+    nano_comparison,
+    nano_learning_rates,
     peak_memory,
     pod_collectives,
     quantized_training,
@@ -48,6 +50,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "load_memory": load_memory.table,
     "long_run": long_run.table,
     "maxtext_recipe": maxtext_recipe.table,
+    "nano_comparison": nano_comparison.table,
+    "nano_learning_rates": nano_learning_rates.table,
+    "nano_warmups": nano_learning_rates.warmup_table,
     "peak_memory": peak_memory.table,
     "pod_collectives": pod_collectives.table,
     "quantized_training": quantized_training.table,
@@ -61,6 +66,7 @@ _RESULTS_OF = {
     "convergence_ablations": "convergence",
     "convergence_rates": "convergence",
     "convergence_sweeps": "convergence",
+    "nano_warmups": "nano_learning_rates",
     "scaling_ranks": "scaling",
 }
 _PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
