@@ -166,16 +166,16 @@ class TrainingOptions:
     """
 
     steps: Annotated[
-        int | None, _default("INT", "the paper's; nano: 400; others: 10,000; --load: 3 epochs")
+        int | None, _default("INT", "the paper's; nano: 200; others: 10,000; --load: 3 epochs")
     ] = None
     batch: Annotated[int | None, _default("INT", "512; nano, --load: 32")] = None
     sequence: Annotated[int | None, _default("INT", "256; nano: 128")] = None
-    micro_batches: Annotated[int | None, _default("INT", "1; nano: 2; --load: 4")] = None
+    micro_batches: Annotated[int | None, _default("INT", "1; nano, --load: of 8 sequences")] = None
     update: Literal["standard", "layerwise"] = "standard"
     mesh: Annotated[str | None, _default("data=N,fsdp=N,tensor=N", "the first device")] = None
     spike_limit: float = 3.0
     most_skipped: int = 20
-    evaluate_every: Annotated[int | None, _default("INT", "a tenth of the steps")] = None
+    evaluate_every: Annotated[int | None, _default("INT", "a fifth of the steps")] = None
     evaluation_batches: int = 10
     seed: int = 0
 
@@ -465,7 +465,6 @@ def resolve(
     """
     defaults = _defaults(config, stored, text_tokens)
     weights = config.model.weights or ("bf16" if defaults.dtype == "bfloat16" else "f32")
-    batch = _first(config.training.batch, defaults.sequences_per_batch)
     return RunSettings(
         model=stored.config,
         load=None if config.model.load is None else str(config.model.load),
@@ -473,18 +472,24 @@ def resolve(
         compute=config.model.compute or ("bf16" if weights == "int8" else weights),
         remat=config.model.remat,
         optimizer=_optimizer_settings(config, name, defaults),
-        batch=batch,
+        batch=_first(config.training.batch, defaults.sequences_per_batch),
         sequence=_first(config.training.sequence, defaults.sequence_length),
-        micro_batches=_first(
-            config.training.micro_batches,
-            1 if config.training.update == "layerwise" else math.gcd(batch, defaults.micro_batches),
-        ),
+        micro_batches=_micro_batches(config.training, defaults),
         update=config.training.update,
         spike_limit=config.training.spike_limit,
         seed=config.training.seed,
         data=data,
         text_digest=text_digest,
     )
+
+
+def _micro_batches(training: TrainingOptions, defaults: PaperSettings) -> int:
+    if training.micro_batches is not None or training.update == "layerwise":
+        return _first(training.micro_batches, 1)
+    # Of the size that the model's own batch is divided in, as far as this batch can be.
+    batch = _first(training.batch, defaults.sequences_per_batch)
+    parts = batch * defaults.micro_batches // defaults.sequences_per_batch
+    return math.gcd(batch, max(1, parts))
 
 
 def _optimizer_settings(

@@ -195,7 +195,7 @@ def prepare(config: PretrainConfig) -> Plan:
     evaluation = prepare_evaluation(
         settings[0],
         batches,
-        every=config.training.evaluate_every or max(1, settings[0].steps // 10),
+        every=config.training.evaluate_every or max(1, settings[0].steps // 5),
         mesh=mesh,
     )
     changes = config.output.allow_changes

@@ -112,7 +112,7 @@ def test_no_optimizer_starts_a_loaded_model_at_a_new_models_learning_rate() -> N
 
 def test_a_loaded_model_sees_its_text_three_times() -> None:
     run = fine_tuning(training=TrainingOptions(batch=10, sequence=100))
-    assert (run.steps, run.micro_batches) == (300, 2)
+    assert (run.steps, run.micro_batches) == (300, 1)
     assert fine_tuning(text_tokens=None).steps == 1000
     assert fine_tuning(training=TrainingOptions(steps=7)).steps == 7
 
@@ -221,8 +221,17 @@ def layerwise(**options: Any) -> TrainingOptions:
     return dataclasses.replace(TrainingOptions(), update="layerwise", **options)
 
 
+@pytest.mark.parametrize(
+    ("batch", "expected"), [(1, 1), (8, 1), (32, 4), (35, 1), (40, 5), (64, 8)]
+)
+def test_micro_batches_of_nano_have_eight_sequences_where_they_divide_the_batch(
+    batch: int, expected: int
+) -> None:
+    assert resolved("apollo", training=TrainingOptions(batch=batch)).micro_batches == expected
+
+
 def test_layerwise_updates_make_no_micro_batches_by_default() -> None:
-    assert resolved("apollo").micro_batches == 2
+    assert resolved("apollo").micro_batches == 4
     assert resolved("apollo", training=layerwise()).micro_batches == 1
 
 
