@@ -7,23 +7,26 @@ import jax
 from examples.llama import corpus, data, model, tokenizer, train
 from examples.llama.config import MODELS
 
-SEQUENCES, SEQUENCE_LENGTH, EVALUATION_BATCHES = 32, 128, 32
+SEQUENCE_LENGTH, HELD_OUT_SEQUENCES = 128, 1024
 
 
-def train_nano(training: train.Training, steps: int) -> dict[str, float]:
-    """Trains `nano`; returns its validation loss in nats a byte, and the seconds it took."""
+def train_nano(training: train.Training, steps: int, sequences: int) -> dict[str, float]:
+    """Trains `nano` with so many sequences a step.
+
+    Returns its validation loss in nats a byte, and the seconds it took.
+    """
     texts = corpus.load_corpus()
     tokens = tokenizer.load_tokenizer("bytes")
     batches = data.token_batches(
         data.encode_documents(texts.train, tokens),
         sequence_length=SEQUENCE_LENGTH,
-        batch_size=SEQUENCES,
+        batch_size=sequences,
     )
     held_out = data.evaluation_batches(
         data.encode_documents(texts.validation, tokens),
         sequence_length=SEQUENCE_LENGTH,
-        batch_size=SEQUENCES,
-        max_batches=EVALUATION_BATCHES,
+        batch_size=sequences,
+        max_batches=HELD_OUT_SEQUENCES // sequences,
     )
     params = jax.jit(lambda: model.init_params(MODELS["nano"], 0, convert=training.keep))()
     state = training.init_state(params)

@@ -19,16 +19,16 @@ from examples.llama.config import MODELS, PRESETS
 from examples.llama.train import standard_training
 
 OUTPUT = RESULTS / "nano_learning_rates.json"
-STEPS = PRESETS["nano"].steps
+STEPS, SEQUENCES = PRESETS["nano"].steps, PRESETS["nano"].sequences_per_batch
 WARMUP_FRACTION = PRESETS["nano"].warmup_fraction
 _ALPHAS = {"adamw": 1.0, "apollo": 1.0, "apollo_mini": PRESETS["nano"].alpha_mini}
 _RATES: dict[optimizers.OptimizerName, tuple[float, ...]] = {
-    "adamw": (2e-3, 4e-3, 8e-3),
+    "adamw": (1e-3, 2e-3, 4e-3),
     "apollo": (1e-2, 2e-2, 4e-2),
     "apollo_mini": (2e-2, 4e-2, 8e-2),
 }
-# For how long to warm up: (learning rate, alpha, part of the steps), of runs of 400 steps.
-_WARMUP_STEPS = 400
+# For how long to warm up: (learning rate, alpha, part of the steps), of runs with more data.
+_WARMUP_STEPS, _WARMUP_SEQUENCES = 400, 32
 _WARMUPS: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
     "adamw": list(itertools.product((1e-3, 2e-3, 4e-3), (1.0,), (0.1, 0.3))),
     "apollo": [
@@ -41,15 +41,15 @@ _WARMUPS: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
         (2e-2, 4.0, 0.5),
     ],
 }
-# (optimizer, steps, learning rate, alpha, part of the steps for warm-up)
-GRID: list[tuple[optimizers.OptimizerName, int, float, float, float]] = [
+# (optimizer, sequences a step, steps, learning rate, alpha, part of the steps for warm-up)
+GRID: list[tuple[optimizers.OptimizerName, int, int, float, float, float]] = [
     *(
-        (name, STEPS, rate, _ALPHAS[name], WARMUP_FRACTION)
+        (name, SEQUENCES, STEPS, rate, _ALPHAS[name], WARMUP_FRACTION)
         for name, rates in _RATES.items()
         for rate in rates
     ),
     *(
-        (name, _WARMUP_STEPS, *setting)
+        (name, _WARMUP_SEQUENCES, _WARMUP_STEPS, *setting)
         for name, settings in _WARMUPS.items()
         for setting in settings
     ),
@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> str:
         "| optimizer | learning rate | scale | validation loss |",
         "| --- | ---: | ---: | ---: |",
     ]
-    of_steps = [row for row in rows if row["total_steps"] == STEPS]
+    of_steps = [row for row in rows if row["sequences"] == SEQUENCES]
     for name, label in _LABELS.items():
         losses = {
             (row["learning_rate"], row["alpha"]): row["validation_loss"]
@@ -88,7 +88,7 @@ def warmup_table(rows: Sequence[Row]) -> str:
             f"{row['validation_loss']:.3f}"
         )
         for row in rows
-        if row["total_steps"] == _WARMUP_STEPS
+        if row["sequences"] == _WARMUP_SEQUENCES
     }
     for name, label in _LABELS.items():
         settings = {key[1:3] for key in losses if key[0] == name and key[3] in (0.1, 0.3)}
@@ -114,8 +114,8 @@ def main() -> None:
     grid = [setting for setting in GRID if options.optimizer in (None, setting[0])]
     if options.learning_rate is not None:
         setting = (options.learning_rate, options.alpha, options.warmup_fraction)
-        grid = [(options.optimizer, options.steps, *setting)]
-    for name, steps, learning_rate, alpha, warmup_fraction in grid:
+        grid = [(options.optimizer, SEQUENCES, options.steps, *setting)]
+    for name, sequences, steps, learning_rate, alpha, warmup_fraction in grid:
         settings = optimizers.OptimizerSettings(
             name,
             learning_rate,
@@ -124,14 +124,14 @@ def main() -> None:
             alpha=alpha,
             rank=PRESETS["nano"].rank,
         )
-        row = dataclasses.asdict(settings)
+        row = dataclasses.asdict(settings) | {"sequences": sequences}
         if any(_same_setting(row, done) for done in read_rows(OUTPUT)):
             continue
         tx = optimizers.make_optimizer(settings)
         training = standard_training(
-            MODELS["nano"], tx, dtype="float32", micro_batches=PRESETS["nano"].micro_batches
+            MODELS["nano"], tx, dtype="float32", micro_batches=sequences // 8
         )
-        row["validation_loss"] = train_nano(training, steps)["validation_loss"]
+        row["validation_loss"] = train_nano(training, steps, sequences)["validation_loss"]
         add_row(OUTPUT, "python -m benchmarks.nano_learning_rates", row)
         print(
             f"{name} {learning_rate:g} alpha {alpha:.3g}: {row['validation_loss']:.4f}", flush=True

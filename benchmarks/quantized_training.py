@@ -20,7 +20,7 @@ from examples.llama.optimizers import OptimizerSettings, make_optimizer
 
 OUTPUT = RESULTS / "quantized_training.json"
 COMMAND = "python -m benchmarks.quantized_training"
-STEPS = 400
+STEPS, SEQUENCES = 400, 32
 SETTINGS = {
     "apollo": OptimizerSettings("apollo", 2e-2, STEPS, 0.3, rank=MODELS["nano"].hidden_size // 4),
     "apollo_mini": OptimizerSettings("apollo_mini", 4e-2, STEPS, 0.3, alpha=2.8),
@@ -66,7 +66,7 @@ def main() -> None:
         tx = make_optimizer(SETTINGS[optimizer])
         training = layered_training(MODELS["nano"], tx, dtype="float32", **WEIGHTS[weights])
         row = dataclasses.asdict(SETTINGS[optimizer]) | {"weights": weights}
-        row |= train_nano(training, STEPS)
+        row |= train_nano(training, STEPS, SEQUENCES)
         add_row(OUTPUT, COMMAND, row)
         print(f"{optimizer} {weights}: {row['validation_loss']:.4f}", flush=True)
     print(table(read_rows(OUTPUT)))
