@@ -35,8 +35,8 @@ def apollo(
 
     `chain(scale_by_apollo, add_decayed_weights, scale_by_learning_rate)`; the equations are those
     of `scale_by_apollo`. The optimizer state of a matrix with larger side n is `2 * rank * n + 1`
-    numbers; of any other leaf twice its size, and one for each index of its first axis if it has
-    several axes.
+    numbers; of any other leaf twice its size, and one more for each index of its first axis (one
+    in all if it has a single axis).
 
     Args:
       learning_rate: A number or a schedule. The paper pre-trains with 0.01, ten times AdamW's.

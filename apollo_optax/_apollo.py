@@ -68,8 +68,8 @@ class ScaleByApolloState(NamedTuple):
         leaves) unless `mu_dtype` is given.
       nu: Second moment, shaped as `mu`, float32 or float64.
       norm: Norm of a matrix's last update that was not zero, `(*batch,)`; 0 before the first. Of
-        any other leaf zeros, one for each index of its first axis if it has several axes: with them
-        the dictionaries fit the parameters, as `optax.tree_map_params` needs.
+        any other leaf zeros, one for each index of its first axis (one in all if it has a single
+        axis): with them the dictionaries fit the parameters, as `optax.tree_map_params` needs.
       projection: With `projection=svd`, the P in use, `(*batch, min(rank, m), m)`, and of other
         leaves zeros as in `norm`; otherwise empty.
     """

@@ -112,16 +112,19 @@ def of_tree(case: Case, tree: Any) -> dict[str, Any]:
 
 
 def stated_bytes(case: Case, *, limited: bool) -> int:
-    """From the formulas of the documentation: 2 r n numbers and a norm a matrix, 2 by Adam."""
+    """From the formulas of the documentation: 2 r n numbers and a norm a matrix, 2 by Adam and one
+    for each index of the first axis of several."""
     total = 4 + 8  # count and key
+    is_svd = case.projection == "svd"
     for leaf in case.leaves.values():
         if leaf.spec is None:
-            total += 4 * 2 * math.prod(leaf.shape)
+            rows = leaf.shape[0] if len(leaf.shape) > 1 else 1
+            total += 4 * (2 * math.prod(leaf.shape) + rows * (limited + is_svd))
             continue
         number, m, n = leaf.sides()
         rank = min(case.rank, m)
         total += 4 * number * (2 * rank * n + limited)
-        total += 4 * number * rank * m * (case.projection == "svd")
+        total += 4 * number * rank * m * is_svd
     return total
 
 

@@ -33,10 +33,17 @@ def rms(x):
     return jnp.sqrt(jnp.mean(jnp.square(x)))
 
 
-@pytest.mark.parametrize("projection", [gaussian, rademacher])
-@pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize(
-    "shape", [(64, 1), (1, 64), (64, 2), (8, 8), (3, 64, 2), (3, 1, 16)], ids=str
+    ("shape", "granularity", "projection"),
+    [
+        ((64, 1), "channel", gaussian),
+        ((1, 64), "tensor", gaussian),
+        ((64, 2), "channel", rademacher),
+        ((8, 8), "tensor", rademacher),
+        ((3, 64, 2), "tensor", gaussian),
+        ((3, 1, 16), "channel", rademacher),
+    ],
+    ids=str,
 )
 def test_where_rank_is_the_smaller_side_the_first_update_is_adams_for_every_seed(
     shape, granularity, projection
@@ -68,7 +75,7 @@ def test_of_a_side_of_one_mini_moves_as_far_as_adam():
         np.testing.assert_allclose(abs(update["head"]), abs(expected["head"]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [1e17, 1e19, 1e30, 3e38])
+@pytest.mark.parametrize("size", [1e19, 3e38])
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize(
     "tx",

@@ -149,6 +149,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_reported(
 ) -> None:
     text = squares(0, 20) + "~~~\n" + squares(20, 200)
     flags = ["--load", str(spoiled_model), "--update", update, "--micro-batches", "1"]
+    flags += ["--learning-rate", "0.02"]
     # More than once through the text.
     arguments = command(tmp_path, text, *flags, "--batch", "8", "--steps", "60")
     assert main(arguments) == 0

@@ -120,7 +120,7 @@ def test_mesh_trains_and_resumes_as_one_device(name: str, command: Command, tmp_
     [
         (["--mesh", "data=3"], "data=3,fsdp=1,tensor=1 has 3 devices and there are 8"),
         (["--mesh", "rows=8"], "allowed are data=N, fsdp=N and tensor=N"),
-        (["--mesh", "data=8"], "divides a micro-batch of 2 sequences into 8"),
+        (["--mesh", "data=8"], "divides a micro-batch of 4 sequences into 8"),
     ],
 )
 def test_mesh_that_does_not_fit_is_answered_in_one_line(
@@ -331,7 +331,7 @@ def test_a_run_begins_with_the_settings_in_force(apollo_run: tuple[Path, str]) -
     assert [line.split()[0] for line in first] == ["device", "model", "text", "batch", "steps"]
     assert "cpu, 1 of 8; no accelerator found" in first[0]
     assert "jax[cuda13]" in first[0]
-    assert first[3].endswith("4 sequences of 16 tokens in 2 micro-batches, standard update")
+    assert first[3].endswith("4 sequences of 16 tokens, standard update")
     assert optimizer.startswith("apollo: learning rate 0.02, warm-up 30%, rank 32, alpha 1, ")
     assert optimizer.endswith(f"; to {folder}")
 
@@ -378,7 +378,7 @@ def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for flag in ("--model", "--compare", "--update-proj-gap", "--resume", "--export"):
         assert flag in text
-    assert "(default: a tenth of the" in text
+    assert "(default: a fifth of the" in text
     assert "None" not in text
 
 

@@ -42,8 +42,8 @@ def test_state_is_two_moments_of_the_projection_and_a_norm_a_matrix(name, mini):
     projected = sum(2 * max(matrix) * min(rank, min(matrix)) + 1 for matrix in matrices)
     by_adam = numbers(params) - sum(math.prod(matrix) for matrix in matrices)
     count, key = 1, 2
-    # A number for each row of what is Adam's: the embedding, the head, two norms a layer.
-    rows = config.vocab_size + config.hidden_size + 2 * config.num_layers
+    # A number for each row of Adam's leaves: embedding, head, two norms a layer, the last norm.
+    rows = config.vocab_size + config.hidden_size + 2 * config.num_layers + 1
     assert numbers(state[0]) == projected + 2 * by_adam + rows + count + key
 
 
