@@ -63,7 +63,12 @@ def table(rows: Sequence[Row]) -> str:
         "| optimizer | learning rate | scale | validation loss |",
         "| --- | ---: | ---: | ---: |",
     ]
-    of_steps = [row for row in rows if row["sequences"] == SEQUENCES]
+    of_steps = [
+        row
+        for row in rows
+        if (row["sequences"], row["total_steps"]) == (SEQUENCES, STEPS)
+        and row["warmup_fraction"] == WARMUP_FRACTION
+    ]
     for name, label in _LABELS.items():
         losses = {
             (row["learning_rate"], row["alpha"]): row["validation_loss"]
