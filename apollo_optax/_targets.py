@@ -153,7 +153,9 @@ class Target:
             return TPUS[self.chip].usable_bytes
         if self.chip in GPUS:
             return int(GPU_USABLE_FRACTION * GPUS[self.chip].memory_bytes)
-        if stats := devices_of(self)[0].memory_stats():
+        # Of several processes each sees the memory of its own devices only.
+        own = [d for d in devices_of(self) if d.process_index == jax.process_index()]
+        if own and (stats := own[0].memory_stats()):
             return stats["bytes_limit"]
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.device_count
 
