@@ -128,6 +128,7 @@ def apollo_update(
     b1, b2, eps, scale, limit = hyper
     rank_axis = len(axes.batch)
     matrix_axes = tuple(range(rank_axis, rank_axis + 1 + len(axes.channel)))
+    shared = matrix_axes if granularity == "tensor" else matrix_axes[:1]  # by one factor
 
     def moments_and_factors(P: Array, G: Array, mu: Array, nu: Array) -> tuple[Array, ...]:
         R = without_overflow(project(P, G, axes))  # R = P G, (*batch, rank, *channel)
@@ -136,8 +137,7 @@ def apollo_update(
         if callable(granularity):
             s = _factors_by_rule(granularity, R_tilde, R, rank_axis)
         else:
-            shared = matrix_axes[:1] if granularity == "channel" else matrix_axes
-            s = _norm(R_tilde, shared) / (_norm(R, shared) + NORM_EPS)  # size 1 where shared
+            s = _norm(R_tilde, shared) / (_norm(R, shared) + NORM_EPS)
         G_squared = jnp.expand_dims(sum_of_squares_per_channel(G, axes), rank_axis)
         return mu, nu, s, G_squared
 
@@ -150,6 +150,7 @@ def apollo_update(
     else:
         mu, nu, s, G_squared = moments_and_factors(*args)
 
+    G_squared = jnp.sum(G_squared, axis=shared, keepdims=True)
     U_squared = jnp.where(jnp.isinf(G_squared), jnp.inf, jnp.square(s) * G_squared)
     N = jnp.sqrt(jnp.sum(U_squared, axis=matrix_axes))  # |G s|, (*batch,)
     c, remembered = limit_growth(N, state.norm, limit)

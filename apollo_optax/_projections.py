@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import jax
@@ -202,10 +202,8 @@ def draw_projections(
             start, end = end, end + math.prod(batch) * len(some)
             if rank == dim:
                 P = jnp.broadcast_to(jnp.eye(dim, dtype=jnp.float32), (len(some), *shape))
-            elif len(some) > 1:
-                P = _draw_stored(draw, keys[start:end]).reshape(len(some), *shape)
             else:
-                P = jax.vmap(draw)(keys[start:end]).reshape(1, *shape)
+                P = jax.vmap(draw)(keys[start:end]).reshape(len(some), *shape)
             drawn |= zip(some, P, strict=True)
     # Drawn once, not again for each tile of the product.
     return {path: jax.lax.optimization_barrier(P) for path, P in drawn.items()}
@@ -239,17 +237,6 @@ def refit_projections(
         path: P if (matrix := axes[path]) is None else refit(grads[path], P, matrix)
         for path, P in stored.items()
     }
-
-
-def _draw_stored(draw: Callable[[PRNGKeyArray], Array], keys: PRNGKeyArray) -> Array:
-    """`jax.vmap(draw)(keys)` in a loop of two turns, whose results XLA stores.
-
-    XLA's CPU compiler would otherwise compile the generator into the product of every leaf.
-    """
-    half = -(-len(keys) // 2)
-    halves = keys[jnp.arange(2 * half) % len(keys)].reshape(2, half)
-    P = jax.lax.map(jax.vmap(draw), halves)
-    return P.reshape(2 * half, *P.shape[2:])[: len(keys)]
 
 
 def _keys_of_matrices(
