@@ -43,7 +43,6 @@ def rms(x):
         ((3, 64, 2), "tensor", gaussian),
         ((3, 1, 16), "channel", rademacher),
     ],
-    ids=str,
 )
 def test_where_rank_is_the_smaller_side_the_first_update_is_adams_for_every_seed(
     shape, granularity, projection
