@@ -311,7 +311,7 @@ class _Trace(NamedTuple):
     """The traced update of a transformation.
 
     Attributes:
-      jaxpr: Without barriers.
+      jaxpr: Of the update.
       inputs: What each input is, and the leaf it is of; None for what all leaves share. The last
         one is `first_layer`.
       outputs: The same of each output.
