@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import jax
@@ -21,6 +22,13 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps compiled programs for the tests to come, a cache a worker: JAX's has no lock."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # What tests start is compiled likewise, the same program by one process after another.
+    others = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled_by_others")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    }
+    os.environ.update(others)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The pages that are read first; the others' blocks are slow.
+FIRST = ("README", "index", "getting_started")
 BLOCKS = [
-    pytest.param(block, id=f"{page.stem}-{number}")
+    pytest.param(
+        block,
+        id=f"{page.stem}-{number}",
+        marks=[] if page.stem in FIRST else pytest.mark.slow,
+    )
     for page in PAGES
     for number, block in enumerate(BLOCK.findall(page.read_text()))
 ]

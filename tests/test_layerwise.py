@@ -100,7 +100,13 @@ def assert_same_training(model, tx, params, batches, tolerance=1e-6, **options):
     jax.tree.map(assert_close, actual, expected)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+def slow_but(quick, names):
+    """Parameters, all but these in the slow tier."""
+    slow = pytest.mark.slow
+    return [name if name in quick else pytest.param(name, marks=slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_but(("apollo_mini", "adamw"), OPTIMIZERS))
 def test_llama_trains_as_by_the_ordinary_step(name):
     assert_same_training(LLAMA, OPTIMIZERS[name](), llama_params(), BATCHES)
 
@@ -113,7 +119,7 @@ def test_llama_trains_as_by_the_ordinary_step(name):
     ],
 )
 def test_what_the_forward_pass_keeps_does_not_change_the_numbers(policy):
-    tx = OPTIMIZERS["apollo_mini"]()
+    tx = OPTIMIZERS["sgd"]()
     assert_same_training(LLAMA, tx, llama_params(), BATCHES[:3], policy=policy)
 
 
@@ -180,7 +186,7 @@ EXPERT_BATCHES = [jax.random.normal(jax.random.key(step), (16, 8)) for step in r
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: apollo_optax.apollo(0.01, 4, 5, **SPECS),
+        pytest.param(lambda: apollo_optax.apollo(0.01, 4, 5, **SPECS), marks=pytest.mark.slow),
         lambda: apollo_optax.apollo_mini(0.01, 5, **SPECS),
         lambda: optax.adamw(0.01),
     ],
@@ -288,6 +294,7 @@ def test_stochastic_rounding_without_a_key_is_refused(make):
         jax.eval_shape(step, params, state, jnp.ones((2, 4), jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_moves_bfloat16_weights_by_the_update_in_expectation():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), llama_params())
     tx = optax.sgd(1e-3)
@@ -377,7 +384,7 @@ def assert_peak_is_one_blocks(target, name, **options):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", ["apollo_mini", "sgd"])
+@pytest.mark.parametrize("name", slow_but(("apollo_mini",), ("apollo_mini", "sgd")))
 def test_peak_has_no_second_copy_of_the_weights_and_no_gradient_of_many_blocks(name):
     assert_peak_is_one_blocks("cpu", name)
 
@@ -402,7 +409,7 @@ SHARDS = {
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("shard", slow_but(("fsdp",), SHARDS))
 def test_gradients_of_a_block_are_reduced_before_the_next_ones_exist(shard):
     tx = OPTIMIZERS["apollo_mini"]()
     options = {"target": "cpu:8", "sizes": {"data": 8}, "shard": SHARDS[shard]}
@@ -421,8 +428,8 @@ def test_gradients_of_a_block_are_reduced_before_the_next_ones_exist(shard):
         assert total > block_bytes
 
 
-@pytest.mark.parametrize("name", ["apollo_mini", "adamw"])
-@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("name", slow_but(("apollo_mini",), ("apollo_mini", "adamw")))
+@pytest.mark.parametrize("shard", slow_but(("fsdp",), SHARDS))
 def test_sharded_over_devices_it_trains_as_on_one(shard, name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = OPTIMIZERS[name]()

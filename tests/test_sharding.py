@@ -385,7 +385,11 @@ def placed_on(mesh, specs):
     }
 
 
-@ON_MESHES
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    [("two_axes", AxisType.Explicit)]
+    + [pytest.param(name, AxisType.Auto, marks=pytest.mark.slow) for name in MESHES],
+)
 def test_trajectory_is_the_same_on_any_mesh(name, axis_type):
     sizes, specs = MESHES[name]
     mesh = mesh_of(axis_type, **sizes)

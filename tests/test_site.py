@@ -32,6 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "html"
 
 
+@pytest.mark.slow
 def test_formulas_are_rendered_without_a_network(site: Path) -> None:
     scripts = re.findall(r'<script[^>]* src="([^"]+)"', (site / "api.html").read_text("utf-8"))
     assert not [script for script in scripts if "://" in script]
@@ -39,6 +40,7 @@ def test_formulas_are_rendered_without_a_network(site: Path) -> None:
     assert (site / mathjax).is_file()
 
 
+@pytest.mark.slow
 def test_the_build_leaves_nothing_beside_it(site: Path) -> None:
     assert {path.name for path in site.parent.iterdir()} == {"html", "doctrees"}
     assert not (DOCS / "_notebooks").exists()

@@ -258,7 +258,11 @@ def _from_disk(read: Callable[[], _T], what: str, step: int) -> _T:
         try:
             with _quiet_orbax():
                 return read()
-        except (OSError, *_MALFORMED) as error:
+        except Exception as raised:
+            # Of an array's data Orbax says that it could not be read, and why in the cause alone.
+            error = raised.__cause__ if type(raised) is Exception else raised
+            if not isinstance(error, (OSError, *_MALFORMED)):
+                raise
             if not _is_unreadable(error):
                 raise _DamagedError(f"its {what} cannot be read: {_one_line(error)}") from error
             if pause_seconds is None:

@@ -168,7 +168,7 @@ class TrainingOptions:
     steps: Annotated[
         int | None, _default("INT", "the paper's; nano: 400; others: 10,000; --load: 3 epochs")
     ] = None
-    batch: Annotated[int | None, _default("INT", "512; nano, --load: 32")] = None
+    batch: Annotated[int | None, _default("INT", "512; nano: 16; --load: 32")] = None
     sequence: Annotated[int | None, _default("INT", "256; nano: 128")] = None
     micro_batches: Annotated[int | None, _default("INT", "1; nano, --load: of 8 sequences")] = None
     update: Literal["standard", "layerwise"] = "standard"

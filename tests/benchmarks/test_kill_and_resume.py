@@ -16,9 +16,8 @@ STEPS = 24
 
 @pytest.mark.slow
 def test_a_run_killed_at_start_in_a_step_and_in_a_save_ends_as_if_never_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # quick to compile
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     corpus = tmp_path / "text.txt"
     corpus.write_text(squares())

@@ -46,14 +46,14 @@ def test_key_and_refresh_each_give_another_projection(draw):
 
 
 @pytest.mark.parametrize("draw", RANDOM)
-@pytest.mark.parametrize("epsilon", [0.3, 0.5])
-def test_johnson_lindenstrauss_bound_holds_on_samples(draw, epsilon):
+def test_johnson_lindenstrauss_bound_holds_on_samples(draw):
     rank, dim, samples = 64, 256, 3000
     x = jax.random.normal(jax.random.key(7), (dim,)) * jnp.linspace(0.1, 3, dim)
     P = jax.vmap(lambda refresh: draw(jax.random.key(0), refresh, rank, dim))(jnp.arange(samples))
     distortion = jnp.sum(jnp.square(P @ x), axis=1) / jnp.sum(jnp.square(x)) - 1
-    observed = float(jnp.mean(jnp.abs(distortion) >= epsilon))
-    assert 0 < observed <= 2 * np.exp(-rank * epsilon**2 / 8)
+    for epsilon in (0.3, 0.5):
+        observed = float(jnp.mean(jnp.abs(distortion) >= epsilon))
+        assert 0 < observed <= 2 * np.exp(-rank * epsilon**2 / 8)
 
 
 @pytest.mark.parametrize("draw", RANDOM)
@@ -68,9 +68,9 @@ def test_scaling_factors_follow_the_square_root_of_rank_over_dimension(draw, fra
 
     def factors(rank, projection):
         tx = scale_by_apollo(rank, projection=projection, norm_growth_limit=None)
-        state = tx.init(grads[0])
+        state, update = tx.init(grads[0]), jax.jit(tx.update)
         for grad in grads:
-            updates, state = tx.update(grad, state)
+            updates, state = update(grad, state)
         return jnp.linalg.norm(updates, axis=0) / jnp.linalg.norm(grads[-1], axis=0)
 
     ratio = factors(dim // fraction, draw) / factors(dim, identity)

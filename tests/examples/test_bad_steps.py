@@ -92,7 +92,9 @@ def test_a_state_without_health_is_refused_with_the_remedy() -> None:
         step(state._replace(health=None), GOOD)
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "weights", ["f32", *(pytest.param(w, marks=pytest.mark.slow) for w in ("bf16", "int8"))]
+)
 def test_a_layerwise_step_with_a_loss_that_is_not_finite_changes_nothing(weights: Any) -> None:
     training = layered_training(
         TINY, optax.adam(0.01), weights=weights, dtype=jnp.float32, spike_limit=3.0
@@ -143,7 +145,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "run") if "loss" in line]
 
 
-@pytest.mark.parametrize("update", ["standard", "layerwise"])
+@pytest.mark.parametrize("update", ["standard", pytest.param("layerwise", marks=pytest.mark.slow)])
 def test_steps_that_are_not_finite_are_skipped_counted_and_reported(
     update: str, spoiled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +168,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_reported(
     assert lines(tmp_path)[-1]["loss"] < lines(tmp_path)[0]["loss"] - 0.5
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_end_the_run_with_its_last_checkpoint_as_it_was(
     spoiled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +188,7 @@ def test_too_many_skipped_steps_end_the_run_with_its_last_checkpoint_as_it_was(
     assert not list((tmp_path / "run" / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_can_go_on_after_skipped_steps_with_another_learning_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +207,7 @@ def test_a_run_can_go_on_after_skipped_steps_with_another_learning_rate(
     assert all("skipped" not in line for line in lines(tmp_path) if line["step"] <= saved)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_though_changes_are_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import resource
@@ -36,6 +37,8 @@ def state_of(name: Any, step: int = 3, dtype: Any = jnp.float32) -> TrainState:
         "embed": {"embedding": jnp.arange(12.0, dtype=dtype).reshape(4, 3)},
         "blocks": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 3, 4), dtype)}}},
         "norm": {"scale": jnp.full(3, 0.1, dtype)},
+        # Too long to be kept beside its name, as the others are.
+        "head": {"kernel": jax.random.normal(jax.random.key(0), (3, 200), dtype)},
     }
     return init_state(make_optimizer(settings), params)._replace(step=jnp.int32(step))
 
@@ -51,8 +54,9 @@ def abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), zip(OPTIMIZERS, itertools.cycle([jnp.float32, jnp.bfloat16]), strict=False)
+)
 def test_a_state_comes_back_to_the_bit_in_its_own_structure(
     tmp_path: Path, name: Any, dtype: Any
 ) -> None:

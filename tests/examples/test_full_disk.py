@@ -41,8 +41,18 @@ def options(folder: Path) -> list[str]:
     return ["--data", str(text), *sizes, *lengths, "--checkpoint-every", "2"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with room."""
+    folder = tmp_path_factory.mktemp("whole")
+    program = [sys.executable, "-m", "tests.examples.tiny_pretrain"]
+    run = folder / "run"
+    subprocess.run([*program, *options(folder), "--output", str(run)], check=True)
+    return run
+
+
 def assert_lost_nothing(
-    ended: subprocess.CompletedProcess, reason: str, run: Path, folder: Path
+    ended: subprocess.CompletedProcess, reason: str, run: Path, whole: Path
 ) -> None:
     """The run stopped at its second checkpoint and went on from its first, to its end."""
     assert "filling up: 1" in ended.stdout, ended.stderr
@@ -52,10 +62,6 @@ def assert_lost_nothing(
     assert f"{reason}; that of step 2 is whole" in error, ended.stderr
     steps = [line["step"] for line in read_metrics(run) if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
-
-    program = [sys.executable, "-m", "tests.examples.tiny_pretrain"]
-    whole = folder / "whole"
-    subprocess.run([*program, *options(folder), "--output", str(whole)], check=True)
     assert losses(run) == losses(whole)
 
 
@@ -63,21 +69,23 @@ PROGRAM = [sys.executable, "-m", "tests.examples.full_disk"]
 
 
 @pytest.mark.slow
-def test_files_that_may_not_grow_stop_the_run_and_lose_nothing(tmp_path: Path) -> None:
+def test_files_that_may_not_grow_stop_the_run_and_lose_nothing(whole: Path, tmp_path: Path) -> None:
     """Any user can limit files: more than the metrics take, less than the weights."""
     run = tmp_path / "run"
     command = [*PROGRAM, "none", "16384", *options(tmp_path), "--output", str(run)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert_lost_nothing(ended, "File too large", run, tmp_path)
+    assert_lost_nothing(ended, "File too large", run, whole)
 
 
 @pytest.mark.parametrize(
     "left",
     [pytest.param(16384, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.release)],
 )
-def test_a_full_file_system_stops_the_run_and_loses_nothing(left: int, tmp_path: Path) -> None:
+def test_a_full_file_system_stops_the_run_and_loses_nothing(
+    left: int, whole: Path, tmp_path: Path
+) -> None:
     require_mounts()
     disk, results = tmp_path / "disk", tmp_path / "results"
     command = [*PROGRAM, str(disk / "filler"), str(left), *options(tmp_path)]
     ended = on_a_small_disk(disk, results, [*command, "--output", str(disk / "run")])
-    assert_lost_nothing(ended, "No space left on device", results / "run", tmp_path)
+    assert_lost_nothing(ended, "No space left on device", results / "run", whole)

@@ -24,7 +24,13 @@ def run_of(name: Any, model: Any = "nano", mesh: Any = None, **options: Any) -> 
     return Run(settings, Path("run"), resume=False, mesh=mesh)
 
 
-@pytest.mark.parametrize(("name", "update"), [("adamw", "standard"), ("apollo_mini", "layerwise")])
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        ("adamw", "standard"),
+        pytest.param("apollo_mini", "layerwise", marks=pytest.mark.slow),
+    ],
+)
 def test_no_compiled_step_needs_less_than_the_least(name: Any, update: Any) -> None:
     sizes: dict[str, Any] = {"batch": 4, "sequence": 64, "micro_batches": 1, "update": update}
     needed = needed_bytes(run_of(name, **sizes))

@@ -30,6 +30,7 @@ def test_json_has_what_a_script_needs(capsys: pytest.CaptureFixture[str]) -> Non
     assert "largest_batch" not in report
 
 
+@pytest.mark.slow
 def test_layerwise_int8_needs_less_than_a_standard_update(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -41,9 +42,9 @@ def test_layerwise_int8_needs_less_than_a_standard_update(
 
 
 def test_report_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(SMALL) == 0
+    assert main([*SMALL, "--weights", "f32"]) == 0
     output = capsys.readouterr().out
-    assert "LLaMA-nano, apollo_mini, bf16 weights, standard update" in output
+    assert "LLaMA-nano, apollo_mini, f32 weights, standard update" in output
     assert "fits" in output
     assert "largest batch" not in output
 

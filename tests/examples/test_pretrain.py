@@ -98,7 +98,10 @@ MESHED = {
 
 @pytest.mark.parametrize(
     "name",
-    ["apollo", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHED)[1:])],
+    [
+        pytest.param("apollo", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.release) for name in ("adamw", "mini-layerwise")),
+    ],
 )
 def test_mesh_trains_and_resumes_as_one_device(name: str, command: Command, tmp_path: Path) -> None:
     flags, sizes = MESHED[name], ["--batch", "8", "--checkpoint-every", "3"]
@@ -144,7 +147,13 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "apollo",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adamw-bf16", "mini-int8")),
+    ],
+)
 def finished(
     request: pytest.FixtureRequest, command: Command, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
@@ -313,6 +322,7 @@ def test_an_exported_model_is_the_trained_one_and_can_be_trained_on(
     assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_model_gets_better_with_the_defaults_of_fine_tuning(
     apollo_run: tuple[Path, str], command: Command, tmp_path: Path
 ) -> None:
@@ -447,6 +457,7 @@ def test_a_run_is_not_resumed_with_another_setting(
     assert "--allow-changes" not in error
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer_only_if_asked_to(
     apollo_run: tuple[Path, str],
     command: Command,
