@@ -6,19 +6,20 @@ from typing import Any
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from apollo_optax._apollo import Granularity, scale_by_apollo
+from apollo_optax._apollo import Granularity, Implementation, scale_by_apollo
 from apollo_optax._arguments import require_number
-from apollo_optax._matrices import WeightDimensionNumbers
+from apollo_optax._matrices import WeightDimensionNumbers, axes_of_each_leaf
+from apollo_optax._paths import named_leaves
 from apollo_optax._projections import Projection
 
 
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 256,
+    *,
     update_proj_gap: int = 200,
     scale: ArrayLike = 1.0,
     granularity: Granularity = "channel",
-    *,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -27,16 +28,19 @@ def apollo(
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    use_pallas: bool = False,
+    implementation: Implementation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_weight_decay: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO: AdamW's training with moments of a random projection of the gradient only.
 
     `chain(scale_by_apollo, add_decayed_weights, scale_by_learning_rate)`; the equations are those
-    of `scale_by_apollo`. The optimizer state of a matrix with larger side n is `2 * rank * n + 1`
-    numbers; of any other leaf twice its size, and one more for each index of its first axis (one
-    in all if it has a single axis).
+    of `scale_by_apollo`. Leaves that are not matrices are Adam's: embeddings, heads, norms, biases.
+    They may have a learning rate and a weight decay of their own. The optimizer state of a matrix
+    with larger side n is `2 * rank * n + 1` numbers; of any other leaf twice its size, and one more
+    for each index of its first axis (one in all if it has a single axis).
 
     Args:
       learning_rate: A number or a schedule. The paper pre-trains with 0.01, ten times AdamW's.
@@ -54,9 +58,12 @@ def apollo(
       mu_dtype: Dtype of the first moment.
       weight_dimension_numbers: Which axes make a matrix; `transformer_dimension_numbers` for Flax's
         transformers.
-      use_pallas: Read gradients once less by a Pallas kernel, on one TPU (`rank` of 8 and more) or
-        GPU; see `scale_by_apollo`.
+      implementation: A kernel of `apollo_optax.experimental`; None for XLA's own program.
       weight_decay: Decoupled weight decay, a number or a schedule, multiplied by the learning rate.
+      adam_learning_rate: A number or a schedule for the leaves that are not matrices. None means
+        `learning_rate`.
+      adam_weight_decay: Weight decay of the leaves that are not matrices, multiplied by their
+        learning rate. None means `weight_decay`.
       mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
         returns one.
 
@@ -81,8 +88,12 @@ def apollo(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
-    if not callable(weight_decay):
-        require_number("weight_decay", weight_decay, at_least=0)
+    for name, decay in {
+        "weight_decay": weight_decay,
+        "adam_weight_decay": adam_weight_decay,
+    }.items():
+        if decay is not None and not callable(decay):
+            require_number(name, decay, at_least=0)
     return optax.chain(
         scale_by_apollo(
             rank,
@@ -97,18 +108,51 @@ def apollo(
             key=key,
             mu_dtype=mu_dtype,
             weight_dimension_numbers=weight_dimension_numbers,
-            use_pallas=use_pallas,
+            implementation=implementation,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        *_decay_and_learning_rate(
+            (learning_rate, weight_decay),
+            (adam_learning_rate, adam_weight_decay),
+            mask,
+            weight_dimension_numbers,
+        ),
     )
+
+
+def _decay_and_learning_rate(
+    of_matrices: tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule],
+    of_others: tuple[optax.ScalarOrSchedule | None, optax.ScalarOrSchedule | None],
+    mask: PyTree | Callable[[PyTree], PyTree] | None,
+    weight_dimension_numbers: WeightDimensionNumbers,
+) -> tuple[optax.GradientTransformation, ...]:
+    """What follows the direction: one chain for all leaves, or one for matrices and one for others.
+
+    The pairs are (learning rate, weight decay), None as that of matrices.
+    """
+
+    def chain(
+        learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
+    ) -> tuple[optax.GradientTransformation, ...]:
+        decayed = optax.add_decayed_weights(weight_decay, mask)
+        return decayed, optax.scale_by_learning_rate(learning_rate)
+
+    def labels(tree: PyTree) -> PyTree:
+        axes = axes_of_each_leaf(weight_dimension_numbers, tree)
+        named, treedef = named_leaves(tree)
+        return treedef.unflatten("matrix" if axes.get(path) else "other" for path, _ in named)
+
+    if of_others == (None, None):
+        return chain(*of_matrices)
+    others = [m if o is None else o for m, o in zip(of_matrices, of_others, strict=True)]
+    chains = {"matrix": optax.chain(*chain(*of_matrices)), "other": optax.chain(*chain(*others))}
+    return (optax.partition(chains, labels),)
 
 
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     update_proj_gap: int = 200,
     scale: ArrayLike = 128**0.5,
-    *,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -117,8 +161,10 @@ def apollo_mini(
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    use_pallas: bool = False,
+    implementation: Implementation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_weight_decay: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO-Mini: `apollo` at rank 1 with one scaling factor a matrix, at SGD's memory.
@@ -136,9 +182,9 @@ def apollo_mini(
     return apollo(
         learning_rate,
         1,
-        update_proj_gap,
-        scale,
-        "tensor",
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        granularity="tensor",
         b1=b1,
         b2=b2,
         eps=eps,
@@ -147,7 +193,9 @@ def apollo_mini(
         key=key,
         mu_dtype=mu_dtype,
         weight_dimension_numbers=weight_dimension_numbers,
-        use_pallas=use_pallas,
+        implementation=implementation,
         weight_decay=weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        adam_weight_decay=adam_weight_decay,
         mask=mask,
     )

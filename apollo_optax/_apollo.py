@@ -1,6 +1,5 @@
 """The APOLLO update as an Optax gradient transformation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from apollo_optax import _kernels, _kernels_gpu, _kernels_tpu
 from apollo_optax._arguments import (
     require_callable,
     require_number,
@@ -35,7 +33,6 @@ from apollo_optax._matrices import (
 from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
 from apollo_optax._placement import (
     call_on_automatic_axes,
-    compiler_divides_arrays,
     matrices_placement,
     moments_placement,
     placement_of,
@@ -45,15 +42,15 @@ from apollo_optax._projections import (
     check_projection,
     draw_projections,
     gaussian,
+    keeps_state,
     refit_projections,
-    svd,
 )
 
 # (R_tilde, R), both (rank, *channel), to one factor a channel.
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
-
-_KERNELS_OF = {"tpu": _kernels_tpu, "cuda": _kernels_gpu}
+# (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
+Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 
 
 class ScaleByApolloState(NamedTuple):
@@ -70,8 +67,8 @@ class ScaleByApolloState(NamedTuple):
       norm: Norm of a matrix's last update that was not zero, `(*batch,)`; 0 before the first. Of
         any other leaf zeros, one for each index of its first axis (one in all if it has a single
         axis): with them the dictionaries fit the parameters, as `optax.tree_map_params` needs.
-      projection: With `projection=svd`, the P in use, `(*batch, min(rank, m), m)`, and of other
-        leaves zeros as in `norm`; otherwise empty.
+      projection: With `svd`, or another projection that keeps state, the P in use,
+        `(*batch, min(rank, m), m)`, and of other leaves zeros as in `norm`; otherwise empty.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # tuple has a method of this name
@@ -108,7 +105,7 @@ def apollo_update(
     t: Int[Array, ""],
     hyper: Hyperparameters,
     granularity: Granularity = "channel",
-    use_pallas: bool = False,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*leaf"], MatrixState]:
     """One step of Algorithm 1 (Zhu et al., 2025) for every matrix of a leaf.
 
@@ -120,7 +117,7 @@ def apollo_update(
       t: Number of this step, from 1.
       hyper: The numbers of the rule.
       granularity: As in `scale_by_apollo`.
-      use_pallas: As in `scale_by_apollo`.
+      implementation: As in `scale_by_apollo`.
 
     Returns:
       The update, in G's dtype, and the leaf's next state.
@@ -130,25 +127,17 @@ def apollo_update(
     matrix_axes = tuple(range(rank_axis, rank_axis + 1 + len(axes.channel)))
     shared = matrix_axes if granularity == "tensor" else matrix_axes[:1]  # by one factor
 
-    def moments_and_factors(P: Array, G: Array, mu: Array, nu: Array) -> tuple[Array, ...]:
+    if implementation is None:
         R = without_overflow(project(P, G, axes))  # R = P G, (*batch, rank, *channel)
-        mu, nu = _moments(R, mu, nu, hyper)
+        mu, nu = _moments(R, state.mu, state.nu, hyper)
         R_tilde = mu / (jnp.sqrt(nu) + eps)
         if callable(granularity):
             s = _factors_by_rule(granularity, R_tilde, R, rank_axis)
         else:
             s = _norm(R_tilde, shared) / (_norm(R, shared) + NORM_EPS)
         G_squared = jnp.expand_dims(sum_of_squares_per_channel(G, axes), rank_axis)
-        return mu, nu, s, G_squared
-
-    args = P, G, state.mu, state.nu
-    kernels = _kernels_for(args, axes, hyper, granularity) if use_pallas else {}
-    if kernels:
-        mu, nu, s, G_squared = jax.lax.platform_dependent(
-            *args, **kernels, default=moments_and_factors
-        )
     else:
-        mu, nu, s, G_squared = moments_and_factors(*args)
+        mu, nu, s, G_squared = implementation(P, G, state.mu, state.nu, axes, hyper, granularity)
 
     G_squared = jnp.sum(G_squared, axis=shared, keepdims=True)
     U_squared = jnp.where(jnp.isinf(G_squared), jnp.inf, jnp.square(s) * G_squared)
@@ -197,38 +186,6 @@ def _factors_by_rule(rule: ScalingRule, R_tilde: Array, R: Array, rank_axis: int
     return of_matrix(R_tilde, R)
 
 
-def _kernels_for(
-    args: tuple[Array, Array, Array, Array],
-    axes: MatrixAxes,
-    hyper: Hyperparameters,
-    granularity: Granularity,
-) -> dict[str, Callable[..., Any]]:
-    """For each platform whose kernel takes these arrays, what returns `moments_and_factors`'."""
-    if callable(granularity) or compiler_divides_arrays():
-        return {}
-    rank_axis = len(axes.batch)
-
-    def fused(program: Callable[..., Any], P: Array, G: Array, mu: Array, nu: Array) -> Any:
-        found = _kernels.project(
-            program, P, G, mu, nu, axes, b1=hyper.b1, b2=hyper.b2, eps=hyper.eps
-        )
-        squares = found.squared_direction, found.squared_projection, found.squared_norm
-        direction, projection, G_squared = (jnp.expand_dims(x, rank_axis) for x in squares)
-        if granularity == "tensor":
-            direction, projection = (
-                jnp.sum(x, axis=rank_axis + 1, keepdims=True) for x in (direction, projection)
-            )
-        s = jnp.sqrt(direction) / (jnp.sqrt(projection) + NORM_EPS)
-        return found.mu, found.nu, s, G_squared
-
-    P, G, mu, _ = args
-    return {
-        platform: functools.partial(fused, module.program)
-        for platform, module in _KERNELS_OF.items()
-        if module.fits(G, mu, *P.shape[-2:], axes)
-    }
-
-
 def scale_by_apollo(
     rank: int = 256,
     update_proj_gap: int = 200,
@@ -243,7 +200,7 @@ def scale_by_apollo(
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    use_pallas: bool = False,
+    implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by APOLLO's structured learning rates.
 
@@ -297,14 +254,9 @@ def scale_by_apollo(
         leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
         for leaves left to Adam, or a function of the parameters that returns one, such as
         `transformer_dimension_numbers`.
-      use_pallas: On TPUs and NVIDIA's GPUs, read a gradient once for R, its moments and the norms,
-        by a Pallas kernel, where it fits: the matrix on the last two axes in float32 or bfloat16,
-        float32 moments, "channel" or "tensor"; on a TPU `rank` a multiple of 8 and the smaller side
-        of 128, on a GPU `rank` 1 or a multiple of 16 and both sides of 16. Elsewhere it does
-        nothing. `benchmarks/hbm_traffic.py` tells what it saves. For one device, or within
-        `jax.shard_map` with `check_vma=False`: XLA cannot divide a kernel over a mesh. With
-        `jax.set_mesh` the plain code is taken; where only the arguments of `jax.jit` tell of a
-        mesh, leave it False, or a GPU gathers whole gradients (a TPU refuses).
+      implementation: How moments, factors and norms of a matrix are computed. None means by XLA.
+        `apollo_optax.experimental` has kernels that read a gradient once less, and raise where they
+        cannot be used.
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra
@@ -345,11 +297,11 @@ def scale_by_apollo(
         require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
     require_callable("projection", projection, "(key, refresh, rank, dim) -> float32 (rank, dim)")
     require_key("key", key)
-    if not isinstance(use_pallas, bool):
-        raise TypeError(f"use_pallas must be True or False, got {use_pallas!r}.")
+    if implementation is not None:
+        require_callable("implementation", implementation, "of apollo_optax.experimental")
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
         raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
-    stores_projections = projection is svd
+    stores_projections = keeps_state(projection)
     # A narrower scalar would make all that it is multiplied with as narrow.
     hyper = jax.tree.map(
         lambda x: x if isinstance(x, float | int) else jnp.asarray(x, wide(jnp.asarray(x).dtype)),
@@ -413,7 +365,7 @@ def scale_by_apollo(
             refresh = count // update_proj_gap
             if stores_projections:
                 is_due = count % update_proj_gap == 0
-                P = refit_projections(grads, stored, axes, is_due)
+                P = refit_projections(projection, grads, stored, axes, is_due)
             else:
                 wrapped = wrap_like(key_array, key)
                 P = draw_projections(projection, wrapped, refresh, shapes, first_layer)
@@ -423,7 +375,7 @@ def scale_by_apollo(
                     moved[path] = adam_update(G, leaves[path], t, hyper)
                 else:
                     moved[path] = apollo_update(
-                        G, P[path], leaves[path], matrix, t, hyper, granularity, use_pallas
+                        G, P[path], leaves[path], matrix, t, hyper, granularity, implementation
                     )
             new = {path: leaf for path, (_, leaf) in moved.items()}
             return {path: U for path, (U, _) in moved.items()}, new, P if stored else {}

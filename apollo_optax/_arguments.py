@@ -20,7 +20,7 @@ STATIC_ARGUMENTS = (
     "key",
     "mu_dtype",
     "weight_dimension_numbers",
-    "use_pallas",
+    "implementation",
     "mask",
 )
 

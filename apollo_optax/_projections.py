@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
@@ -165,6 +165,17 @@ def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*bat
     return jnp.swapaxes(left[..., :rank], -1, -2).astype(jnp.float32)
 
 
+svd.keeps_state = True  # type: ignore[attr-defined]
+
+
+def keeps_state(projection: Callable[..., Array]) -> bool:
+    """Whether a projection is a function `(G, rank) -> P` of the gradient, kept until it is due.
+
+    It says so by an attribute `keeps_state`, as `svd` does. All others are redrawn at every step.
+    """
+    return getattr(projection, "keeps_state", False)
+
+
 def draw_projections(
     projection: Projection,
     key: PRNGKeyArray,
@@ -210,14 +221,15 @@ def draw_projections(
 
 
 def refit_projections(
+    projection: Callable[..., Array],
     grads: Mapping[Path, Array],
     stored: Mapping[Path, Array],
     axes: Mapping[Path, MatrixAxes | None],
     is_due: Bool[Array, ""],
 ) -> dict[Path, Array]:
-    """The stored projections, those that are due taken anew from the gradients by `svd`.
+    """The stored projections, those that are due taken anew from the gradients.
 
-    A gradient of zeros has no singular vectors: its P stays as it was, and a P that was never
+    A gradient of zeros tells no direction: its P stays as it was, and a P that was never
     taken, all zeros, is taken from the first gradient that is not zero.
     """
 
@@ -229,7 +241,7 @@ def refit_projections(
         takes = ~is_zero & (is_due | is_missing)
 
         def taken() -> Array:
-            return jnp.where(takes, svd(matrices, rank), P)
+            return jnp.where(takes, projection(matrices, rank), P)
 
         return jax.lax.cond(jnp.any(takes), taken, lambda: P)
 

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers
 from apollo_optax._hbm import compile_step, hbm_bytes
+from apollo_optax.experimental import pallas_gpu, pallas_tpu
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
 from examples.llama.config import MODELS
 
@@ -46,10 +47,14 @@ _LEFT_OUT = (_GALORE, "tpu-v5e")
 _APART = ", layers apart"
 
 
-def _apollo(rank: int, **options: Any) -> Callable[[], optax.GradientTransformation]:
-    return lambda: apollo_optax.apollo(
-        _LEARNING_RATE, rank, weight_dimension_numbers=_MATRIX, **options
+def _apollo(rank: int, **options: Any) -> Callable[..., optax.GradientTransformation]:
+    return lambda **more: apollo_optax.apollo(
+        _LEARNING_RATE, rank, weight_dimension_numbers=_MATRIX, **options, **more
     )
+
+
+def _apollo_mini(**more: Any) -> optax.GradientTransformation:
+    return apollo_optax.apollo_mini(_LEARNING_RATE, weight_dimension_numbers=_MATRIX, **more)
 
 
 def _muon() -> optax.GradientTransformation:
@@ -60,26 +65,27 @@ def _muon() -> optax.GradientTransformation:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+# For the chip that is asked about.
+_KERNELS = {"tpu-v5e": pallas_tpu, "a100-80gb": pallas_gpu}
+_KERNEL = ", kernel"
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "SGD": lambda: optax.sgd(_LEARNING_RATE),
     "AdamW": lambda: optax.adamw(_LEARNING_RATE),
     "Lion": lambda: optax.lion(_LEARNING_RATE),
     "Adafactor": lambda: optax.adafactor(_LEARNING_RATE),
     "Muon": _muon,
     _GALORE: lambda: optax.contrib.galore(_LEARNING_RATE, rank=256),
-    "APOLLO-Mini": lambda: apollo_optax.apollo_mini(
-        _LEARNING_RATE, weight_dimension_numbers=_MATRIX
-    ),
-    "APOLLO-Mini, kernel": lambda: apollo_optax.apollo_mini(
-        _LEARNING_RATE, weight_dimension_numbers=_MATRIX, use_pallas=True
-    ),
+    "APOLLO-Mini": _apollo_mini,
+    f"APOLLO-Mini{_KERNEL}": _apollo_mini,
     f"APOLLO-Mini{_APART}": lambda: apollo_optax.apollo_mini(_LEARNING_RATE),
     "APOLLO, r = 128": _apollo(128),
     "APOLLO, r = 256": _apollo(256),
     f"APOLLO, r = 256{_APART}": _apollo(256),
     "APOLLO, r = 256, Rademacher": _apollo(256, projection=apollo_optax.rademacher),
-    "APOLLO, r = 128, kernel": _apollo(128, use_pallas=True),
-    "APOLLO, r = 256, kernel": _apollo(256, use_pallas=True),
+    f"APOLLO, r = 128{_KERNEL}": _apollo(128),
+    f"APOLLO, r = 256{_KERNEL}": _apollo(256),
 }
 
 
@@ -102,7 +108,8 @@ def _matrices(name: str, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
 def measure(name: str, dtype: str, target: str) -> Row:
     """Words of HBM for each parameter, by this project's count and, on a TPU, by the compiler's."""
     params = _matrices(name, dtype)
-    compiled = compile_step(OPTIMIZERS[name](), params, target)
+    kernel = {"implementation": _KERNELS[target]} if name.endswith(_KERNEL) else {}
+    compiled = compile_step(OPTIMIZERS[name](**kernel), params, target)
     word = sum(math.prod(leaf.shape) for leaf in params.values()) * jnp.dtype(dtype).itemsize
     row = {
         "optimizer": name,

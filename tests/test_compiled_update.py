@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import jax
 import optax
@@ -9,6 +10,7 @@ import pytest
 
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, planning, scale_by_apollo
 from apollo_optax._hbm import compile_step, hbm_bytes
+from apollo_optax.experimental import pallas_gpu, pallas_tpu
 
 pytestmark = pytest.mark.optimized
 
@@ -37,15 +39,20 @@ def test_no_gradient_is_transposed_or_copied(target, rank, granularity, shape):
 
 @pytest.mark.planning
 @pytest.mark.parametrize(
-    ("target", "rank"), [("tpu-v5e", 64), ("a100-80gb", 208), ("a100-80gb", 1)]
+    ("target", "rank", "kernel"),
+    [
+        ("tpu-v5e", 64, pallas_tpu),
+        ("a100-80gb", 208, pallas_gpu),
+        ("a100-80gb", 1, pallas_gpu),
+    ],
 )
 @pytest.mark.parametrize("shape", [(1, 4096, 8192), (1, 8192, 4096)])
-def test_a_kernel_saves_a_read_of_the_gradient(target, rank, shape):
-    def moved(*, use_pallas: bool) -> int:
-        tx = scale_by_apollo(rank, weight_dimension_numbers=LAST_TWO, use_pallas=use_pallas)
+def test_a_kernel_saves_a_read_of_the_gradient(target, rank, kernel, shape):
+    def moved(implementation: Any) -> int:
+        tx = scale_by_apollo(rank, weight_dimension_numbers=LAST_TWO, implementation=implementation)
         return hbm_bytes(compiled_update(target, tx, shape))
 
-    assert moved(use_pallas=True) < moved(use_pallas=False) - 0.9 * 4 * math.prod(shape)
+    assert moved(kernel) < moved(None) - 0.9 * 4 * math.prod(shape)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +72,12 @@ def test_weight_decay_and_schedule_are_applied_in_the_same_pass(target, words):
 def test_a_kernel_counts_as_what_it_moves_in_the_compilers_own_sum():
     params = {"w": jax.ShapeDtypeStruct((4, 1024, 4096), "float32")}
 
-    def moved(*, use_pallas: bool) -> float:
-        tx = scale_by_apollo(64, weight_dimension_numbers=LAST_TWO, use_pallas=use_pallas)
+    def moved(implementation: Any) -> float:
+        tx = scale_by_apollo(64, weight_dimension_numbers=LAST_TWO, implementation=implementation)
         state = jax.eval_shape(tx.init, params)
         plan = planning.compile_for("tpu-v5e", tx.update, params, state, donate_argnums=1)
         assert plan.hbm_bytes is not None
         return plan.hbm_bytes
 
     read = 4 * math.prod(params["w"].shape)
-    assert 2 * read < moved(use_pallas=True) < moved(use_pallas=False) - 0.9 * read
+    assert 2 * read < moved(pallas_tpu) < moved(None) - 0.9 * read

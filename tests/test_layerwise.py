@@ -32,8 +32,10 @@ LLAMA = layerwise.LayerwiseModel(
 )
 SPECS: dict[str, Any] = {"weight_dimension_numbers": transformer_dimension_numbers}
 OPTIMIZERS = {
-    "apollo": lambda: apollo_optax.apollo(0.003, 4, 5, **SPECS),
-    "apollo_mini": lambda: apollo_optax.apollo_mini(0.001, 5, 1.0, **SPECS, weight_decay=0.1),
+    "apollo": lambda: apollo_optax.apollo(0.003, 4, update_proj_gap=5, **SPECS),
+    "apollo_mini": lambda: apollo_optax.apollo_mini(
+        0.001, update_proj_gap=5, scale=1.0, **SPECS, weight_decay=0.1
+    ),
     "adamw": lambda: optax.adamw(optax.linear_schedule(0.01, 0.0, 30), weight_decay=0.1),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9),
     "injected": lambda: optax.inject_hyperparams(optax.adamw)(0.01, weight_decay=0.1),
@@ -125,7 +127,7 @@ def test_what_the_forward_pass_keeps_does_not_change_the_numbers(policy):
 
 def test_svd_projections_of_layers_are_kept_in_place():
     # Singular vectors amplify rounding: a looser tolerance, fewer steps.
-    tx = apollo_optax.apollo(0.003, 4, 2, projection=apollo_optax.svd, **SPECS)
+    tx = apollo_optax.apollo(0.003, 4, update_proj_gap=2, projection=apollo_optax.svd, **SPECS)
     assert_same_training(LLAMA, tx, llama_params(), BATCHES[:5], tolerance=1e-5)
 
 
@@ -186,8 +188,10 @@ EXPERT_BATCHES = [jax.random.normal(jax.random.key(step), (16, 8)) for step in r
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda: apollo_optax.apollo(0.01, 4, 5, **SPECS), marks=pytest.mark.slow),
-        lambda: apollo_optax.apollo_mini(0.01, 5, **SPECS),
+        pytest.param(
+            lambda: apollo_optax.apollo(0.01, 4, update_proj_gap=5, **SPECS), marks=pytest.mark.slow
+        ),
+        lambda: apollo_optax.apollo_mini(0.01, update_proj_gap=5, **SPECS),
         lambda: optax.adamw(0.01),
     ],
     ids=["apollo", "apollo_mini", "adamw"],

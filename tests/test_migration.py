@@ -41,7 +41,7 @@ def updates_of(tx, steps=6):
     ("optim_args", "direct"),
     [
         ({}, apollo(0.01, rank=128)),
-        ("rank=4,scale=2.0,update_proj_gap=3", apollo(0.01, 4, 3, 2**0.5)),
+        ("rank=4,scale=2.0,update_proj_gap=3", apollo(0.01, 4, update_proj_gap=3, scale=2**0.5)),
         ("rank=1, scale_type=tensor, scale=128, proj_type=std", apollo_mini(0.01)),
         ({"rank": "4", "proj": "svd"}, apollo(0.01, 4, projection=svd)),
     ],

@@ -582,7 +582,9 @@ def network_loss(params, x, y):
 
 def trained_loss(params, write, number_of_steps=300):
     x, y = regression()
-    tx = apollo_optax.apollo_mini(optax.cosine_decay_schedule(1e-3, number_of_steps), 50, scale=4.0)
+    tx = apollo_optax.apollo_mini(
+        optax.cosine_decay_schedule(1e-3, number_of_steps), update_proj_gap=50, scale=4.0
+    )
 
     def step(carry, key):
         params, state = carry

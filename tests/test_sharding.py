@@ -340,8 +340,12 @@ def loss(params, batch):
 
 def transformations():
     return {
-        "apollo": apollo(0.02, 4, 7, weight_dimension_numbers=NUMBERS, weight_decay=0.01),
-        "apollo_mini": apollo_mini(0.01, 7, 1.0, weight_dimension_numbers=NUMBERS),
+        "apollo": apollo(
+            0.02, 4, update_proj_gap=7, weight_dimension_numbers=NUMBERS, weight_decay=0.01
+        ),
+        "apollo_mini": apollo_mini(
+            0.01, update_proj_gap=7, scale=1.0, weight_dimension_numbers=NUMBERS
+        ),
     }
 
 

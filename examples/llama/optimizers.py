@@ -195,9 +195,9 @@ def _apollo(
     return apollo_optax.apollo(
         learning_rate,
         settings.rank,
-        settings.update_proj_gap,
-        settings.alpha,
-        settings.granularity,
+        update_proj_gap=settings.update_proj_gap,
+        scale=settings.alpha,
+        granularity=settings.granularity,
         **_apollo_arguments(settings),
     )
 
@@ -207,8 +207,8 @@ def _apollo_mini(
 ) -> optax.GradientTransformation:
     return apollo_optax.apollo_mini(
         learning_rate,
-        settings.update_proj_gap,
-        settings.alpha,
+        update_proj_gap=settings.update_proj_gap,
+        scale=settings.alpha,
         **_apollo_arguments(settings),
     )
 

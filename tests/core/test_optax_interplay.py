@@ -1,5 +1,6 @@
 """APOLLO inside Optax's wrappers and JAX's transformations."""
 
+import functools
 from typing import Any
 
 import chex
@@ -29,9 +30,9 @@ def make_grads(step):
 
 def train(tx, steps=4, params=None):
     params = make_params() if params is None else params
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for step in range(steps):
-        updates, state = tx.update(make_grads(step), state, params)
+        updates, state = update(make_grads(step), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -47,7 +48,7 @@ def assert_trees_close(left, right):
 
 def test_apollo_is_its_chain():
     schedule = optax.linear_schedule(0.1, 0.0, 10)
-    alias, _ = train(apollo(schedule, 4, 2, 0.5, weight_decay=0.1))
+    alias, _ = train(apollo(schedule, 4, update_proj_gap=2, scale=0.5, weight_decay=0.1))
     chain, _ = train(
         optax.chain(
             scale_by_apollo(4, 2, 0.5),
@@ -60,7 +61,7 @@ def test_apollo_is_its_chain():
 
 def test_apollo_mini_is_apollo_at_rank_one_with_one_factor_a_matrix():
     mini, state = train(apollo_mini(0.01))
-    full, _ = train(apollo(0.01, 1, 200, 128**0.5, "tensor"))
+    full, _ = train(apollo(0.01, 1, scale=128**0.5, granularity="tensor"))
     assert_trees_equal(mini, full)
     assert state[0].mu["w"].shape == (1, 9)
 
@@ -289,3 +290,36 @@ def test_two_steps_can_be_differentiated_for_the_learning_rate():
 
     differences = (loss_after(0.06) - loss_after(0.04)) / 0.02
     np.testing.assert_allclose(jax.grad(loss_after)(0.05), differences, rtol=1e-2)
+
+
+MIXED = {"kernel": jnp.ones((8, 16)) / 4, "bias": jnp.ones(16) / 2}
+
+
+@pytest.mark.parametrize("make", [functools.partial(apollo, rank=2), apollo_mini])
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1}])
+def test_adam_learning_rate_is_that_of_the_leaves_that_are_no_matrices(make, decay):
+    grads = jax.tree.map(jnp.cos, MIXED)
+
+    def updates(**options):
+        tx = make(**options, **decay)
+        return jax.jit(tx.update)(grads, tx.init(MIXED), MIXED)[0]
+
+    both = updates(learning_rate=0.01, adam_learning_rate=optax.constant_schedule(0.3))
+    chex.assert_trees_all_equal(both["kernel"], updates(learning_rate=0.01)["kernel"])
+    chex.assert_trees_all_equal(both["bias"], updates(learning_rate=0.3)["bias"])
+
+
+def test_adam_weight_decay_is_that_of_the_leaves_that_are_no_matrices():
+    zeros = jax.tree.map(jnp.zeros_like, MIXED)
+    tx = apollo(0.5, 2, weight_decay=0.1, adam_weight_decay=0.0)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(MIXED), MIXED)
+    np.testing.assert_allclose(updates["kernel"], -0.05 * MIXED["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_with_two_learning_rates_the_state_still_mirrors_the_parameters():
+    tx = apollo_mini(0.01, adam_learning_rate=0.1)
+    state = tx.init(MIXED)
+    doubled = optax.tree_map_params(tx, lambda x: x + 1, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(doubled[0].mu, jax.tree.map(lambda x: x + 1, state[0].mu))

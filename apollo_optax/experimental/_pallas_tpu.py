@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from apollo_optax._kernels import Program, Sizes, need_no_transpose, update_moments
 from apollo_optax._matrices import MatrixAxes
+from apollo_optax.experimental._program import Program, Sizes, need_no_transpose, update_moments
 
 # A TPU's tiles of float32 are of 8 rows and 128 columns.
 _ROWS, _COLUMNS = 8, 128
@@ -18,6 +18,11 @@ _WIDTHS = (512, 256, 128)
 _DEPTH = 512
 # Of the chip's own memory, the smallest of a TPU in use having 32 MiB.
 _VMEM_BYTES = 28 << 20
+
+TAKES = (
+    "it takes the last two axes in float32 or bfloat16, float32 moments, a rank that is a multiple "
+    "of 8, a smaller side that is a multiple of 128, and no P beyond the chip's own memory"
+)
 
 
 def fits(

@@ -9,14 +9,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from apollo_optax._kernels import Program, Sizes, need_no_transpose, update_moments
 from apollo_optax._matrices import MatrixAxes
+from apollo_optax.experimental._program import Program, Sizes, need_no_transpose, update_moments
 
 # Triton's blocks have powers of two for sides, and its products at least 16.
 _SIDE = 16
 _WIDTHS, _DEPTHS = (64, 32, 16), (32, 16)
 # Elements of R of one program, and of one of its warps: 64 registers a thread, which has 255.
 _ELEMENTS, _ELEMENTS_OF_A_WARP = 1 << 14, 1 << 11
+
+TAKES = (
+    "it takes the last two axes in float32 or bfloat16, float32 moments, a rank of 1 or a multiple "
+    "of 16, sides that are multiples of 16, and no R beyond its registers"
+)
 
 
 def fits(
