@@ -85,7 +85,7 @@ def apollo(
       >>> tx = apollo(0.01, rank=2)
       >>> state = tx.init(params)
       >>> grads = jax.grad(lambda p: jnp.sum(p["kernel"] ** 2))(params)
-      >>> updates, state = tx.update(grads, state, params)
+      >>> updates, state = jax.jit(tx.update)(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
     for name, decay in {

@@ -475,6 +475,7 @@ def test_another_rounding_or_structure_is_refused():
         apply_updates(params, {"v": jnp.ones((4, 2))}, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_qarrays_of_qwix_are_read_and_its_int8_is_trained():
     weights = normal((256, 8))
     foreign = {
@@ -599,6 +600,7 @@ def trained_loss(params, write, number_of_steps=300):
     return float(network_loss(dequantize(params), x, y))
 
 
+@pytest.mark.slow
 def test_int8_weights_train_as_float_ones_with_stochastic_rounding_only():
     start = initial_network()
     exact = trained_loss(start, lambda params, updates, _: optax.apply_updates(params, updates))

@@ -31,7 +31,9 @@ from apollo_optax import (
 from apollo_optax.sharding import state_shardings
 
 DENSE = ApolloDimensionNumbers(-2, -1)
-AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+AXIS_TYPES = pytest.mark.parametrize(
+    "axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
+)
 
 
 def mesh_of(axis_type=AxisType.Auto, **sizes):
@@ -317,7 +319,8 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, tuple[Any, ...]]]] = {
 STEPS = 9  # one more than until the second projection
 ON_MESHES = pytest.mark.parametrize(
     ("name", "axis_type"),
-    [*((name, AxisType.Auto) for name in MESHES), ("two_axes", AxisType.Explicit)],
+    [("two_axes", AxisType.Explicit)]
+    + [pytest.param(name, AxisType.Auto, marks=pytest.mark.slow) for name in MESHES],
 )
 
 
@@ -389,11 +392,7 @@ def placed_on(mesh, specs):
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "axis_type"),
-    [("two_axes", AxisType.Explicit)]
-    + [pytest.param(name, AxisType.Auto, marks=pytest.mark.slow) for name in MESHES],
-)
+@ON_MESHES
 def test_trajectory_is_the_same_on_any_mesh(name, axis_type):
     sizes, specs = MESHES[name]
     mesh = mesh_of(axis_type, **sizes)
@@ -524,7 +523,7 @@ each_spec = pytest.mark.parametrize("spec", COMPILED_SPECS.values(), ids=COMPILE
 
 
 @pytest.mark.optimized
-@both_ranks
+@pytest.mark.parametrize("rank", [32, pytest.param(1, marks=pytest.mark.slow)])
 @each_spec
 def test_no_gradient_is_gathered(spec, rank):
     """Each specification at both ranks, with two of the shapes; on chips with all."""

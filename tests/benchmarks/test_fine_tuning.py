@@ -45,6 +45,7 @@ def test_every_method_begins_with_the_checkpoint_and_learns(name: str) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 def test_lora_leaves_the_checkpoints_weights_bit_for_bit() -> None:
     tuning = prepared("lora_r8")
     trained, _ = after_steps(tuning, 5)
