@@ -1,5 +1,6 @@
 """The APOLLO update as an Optax gradient transformation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -32,9 +33,9 @@ from apollo_optax._matrices import (
 )
 from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
 from apollo_optax._placement import (
-    call_on_automatic_axes,
     matrices_placement,
     moments_placement,
+    on_automatic_axes,
     placement_of,
 )
 from apollo_optax._projections import (
@@ -338,6 +339,7 @@ def scale_by_apollo(
         params: PyTree | None = None,
         *,
         first_layer: ArrayLike = 0,
+        hyper: Hyperparameters,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByApolloState]:
         del params, extra_args
@@ -355,38 +357,27 @@ def scale_by_apollo(
         leaves = {path: _leaf_state(state, path, G.shape, axes[path], rank) for path, G in named}
         stored = {path: lookup(state.projection, path) for path in leaves if stores_projections}
 
-        def step(
-            grads: dict[Path, Array],
-            leaves: dict[Path, MatrixState],
-            stored: dict[Path, Array],
-            scalars: tuple[Any, ...],
-        ) -> tuple[dict[Path, Array], dict[Path, MatrixState], dict[Path, Array]]:
-            count, t, key_array, first_layer, hyper = scalars
-            refresh = count // update_proj_gap
-            if stores_projections:
-                is_due = count % update_proj_gap == 0
-                P = refit_projections(projection, grads, stored, axes, is_due)
+        refresh = state.count // update_proj_gap
+        if stores_projections:
+            is_due = state.count % update_proj_gap == 0
+            P = stored = refit_projections(projection, dict(named), stored, axes, is_due)
+        else:
+            wrapped = wrap_like(state.key, key)
+            P = draw_projections(projection, wrapped, refresh, shapes, first_layer)
+        scaled = []
+        for path, G in named:
+            if (matrix := axes[path]) is None:
+                U, leaves[path] = adam_update(G, leaves[path], t, hyper)
             else:
-                wrapped = wrap_like(key_array, key)
-                P = draw_projections(projection, wrapped, refresh, shapes, first_layer)
-            moved = {}
-            for path, G in grads.items():
-                if (matrix := axes[path]) is None:
-                    moved[path] = adam_update(G, leaves[path], t, hyper)
-                else:
-                    moved[path] = apollo_update(
-                        G, P[path], leaves[path], matrix, t, hyper, granularity, implementation
-                    )
-            new = {path: leaf for path, (_, leaf) in moved.items()}
-            return {path: U for path, (U, _) in moved.items()}, new, P if stored else {}
+                U, leaves[path] = apollo_update(
+                    G, P[path], leaves[path], matrix, t, hyper, granularity, implementation
+                )
+            scaled.append(U)
+        return jax.tree.unflatten(treedef, scaled), _nested(t, state.key, leaves, stored)
 
-        scalars = state.count, t, state.key, first_layer, hyper
-        like = dict(named), leaves, stored
-        scaled, leaves, stored = call_on_automatic_axes(step, *like, scalars, like=like)
-        scaled_tree = jax.tree.unflatten(treedef, [scaled[path] for path, _ in named])
-        return scaled_tree, _nested(t, state.key, leaves, stored)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
+    # As an argument: injected hyperparameters are traced, and have types of their own.
+    return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
 
 
 def _init_leaf(leaf: Any, axes: MatrixAxes | None, rank: int, mu_dtype: Any) -> MatrixState:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from apollo_optax._matrices import MatrixAxes
@@ -71,6 +72,37 @@ def call_on_automatic_axes(function: Callable, *args: Any, like: Any) -> Any:
     replicated = known[0].update(spec=PartitionSpec())
     shardings = jax.tree.map(lambda leaf: explicit_sharding(leaf) or replicated, like)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
+
+
+def on_automatic_axes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Lets the compiler choose the shardings within an update, whatever the axes of the mesh are.
+
+    With sharding in types (`AxisType.Explicit`), products of sharded arrays are refused where their
+    result's sharding is ambiguous, as in `optax.contrib.muon`. Wrapped, any transformation updates
+    there: updates keep the types of the gradients, and states those of the state. `scale_by_apollo`
+    is wrapped already.
+
+    Args:
+      tx: Any Optax transformation.
+
+    Returns:
+      The transformation, with the same state. Without explicit axes it is `tx`.
+
+    Example:
+      >>> import optax
+      >>> from apollo_optax.sharding import on_automatic_axes
+      >>> tx = on_automatic_axes(optax.contrib.muon(0.02))
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        def call(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
+            return tx.update(updates, state, params, **extra_args)
+
+        args = updates, state, params, extra_args
+        return call_on_automatic_axes(call, *args, like=(updates, state))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def compiler_divides_arrays() -> bool:

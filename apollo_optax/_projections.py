@@ -1,6 +1,5 @@
 """Draws the projection P of a matrix's smaller side."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -8,12 +7,11 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from apollo_optax._generator import normal_of_words, stored_words
 from apollo_optax._matrices import MatrixAxes, matrices_of
 from apollo_optax._paths import Path, stable_hash
-from apollo_optax._words import random_words
 
 _BITS_PER_WORD = 32
 # Projections of one shape are drawn together up to this size: what it may add to the peak.
@@ -54,9 +52,9 @@ def gaussian(
       >>> gaussian(jax.random.key(0), 0, rank=4, dim=10).shape
       (4, 10)
     """
-    u, v = _stored_words(key, refresh, -(-rank // 2), dim)
+    u, v = stored_words(key, refresh, -(-rank // 2), dim)
     half = jax.lax.broadcasted_iota(jnp.uint32, (2, *u.shape), 0)
-    entries = _normal(
+    entries = normal_of_words(
         jnp.broadcast_to(u, half.shape), jnp.broadcast_to(v, half.shape) + (half << 30)
     )
     return entries.reshape(-1, dim)[:rank] * jnp.float32(rank**-0.5)
@@ -76,68 +74,12 @@ def rademacher(
       >>> bool((abs(P) == 0.5).all())
       True
     """
-    words = jnp.concatenate(_stored_words(key, refresh, -(-rank // (2 * _BITS_PER_WORD)), dim))
+    words = jnp.concatenate(stored_words(key, refresh, -(-rank // (2 * _BITS_PER_WORD)), dim))
     shifts = jnp.arange(_BITS_PER_WORD, dtype=jnp.uint32)
     bits = (words[:, None, :] >> shifts[None, :, None]) & 1
     bits = bits.reshape(-1, dim)[:rank]
     magnitude = jnp.float32(rank**-0.5)
     return jnp.where(bits == 1, magnitude, -magnitude)
-
-
-def _normal(u: UInt32[Array, "*shape"], v: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A standard normal of two words, r cos(angle): Box and Muller, 1958.
-
-    The radius is of 24 bits, up to 5.77. The angle is of 2 bits for the quarter turn and 24 for a
-    place within an eighth of a turn to both sides, where Taylor series are exact to float32. A
-    quarter turn more makes a normal that is independent of the first.
-    """
-    radius = jnp.sqrt(
-        -2 * jnp.log((u >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 + 2**-24)
-    )
-    place = ((v << 2) >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 - 0.5
-    x = place * jnp.float32(math.pi / 2)
-    square = jnp.square(x)
-    sine = x * _polynomial(square, (1, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
-    cosine = _polynomial(square, (1, -1 / 2, 1 / 24, -1 / 720, 1 / 40320))
-    quarter = v >> 30
-    # cos, -sin, -cos, sin
-    turned = jnp.where(quarter & 1 == 1, sine, cosine)
-    return jnp.where((quarter == 1) | (quarter == 2), -radius, radius) * turned
-
-
-def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> Array:
-    *others, value = (jnp.float32(c) for c in coefficients)
-    for coefficient in reversed(others):
-        value = value * x + coefficient
-    return value
-
-
-def _stored_words(
-    key: PRNGKeyArray, stream: Int[ArrayLike, ""], rows: int, columns: int
-) -> tuple[UInt32[Array, "rows columns"], UInt32[Array, "rows columns"]]:
-    """`random_words` that a CPU keeps; it would make them again for each of their uses.
-
-    XLA's CPU compiler drops optimization barriers before it fuses, but not a call that it may not
-    put in line.
-    """
-
-    def call(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
-        with set_xla_metadata(inlineable="false"):
-            return _words_in_line(key, stream, rows, columns)
-
-    def in_line(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
-        return random_words(key, stream, rows, columns)
-
-    return jax.lax.platform_dependent(key, stream, cpu=call, default=in_line)
-
-
-# Not within `_stored_words`, where outside of `jax.jit` every call would compile it again.
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _words_in_line(
-    key: PRNGKeyArray, stream: Array, rows: int, columns: int
-) -> tuple[Array, Array]:
-    with set_xla_metadata(inlineable=None):  # the call only, not what it calls
-        return random_words(key, stream, rows, columns)
 
 
 def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*batch rank dim"]:

@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from apollo_optax._paths import Path, named_leaves, spell
-from apollo_optax._placement import placement_of, result_shardings
+from apollo_optax._placement import on_automatic_axes, placement_of, result_shardings
 
-__all__ = ["shardings_of", "state_shardings"]
+__all__ = ["on_automatic_axes", "shardings_of", "state_shardings"]
 
 
 def state_shardings(

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from apollo_optax import gaussian
-from apollo_optax._words import random_words, threefry2x32
+from apollo_optax._generator import random_words, threefry2x32
 
 
 @pytest.mark.parametrize(

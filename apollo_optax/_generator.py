@@ -1,0 +1,116 @@
+"""Random words and normals in one pass: on a CPU `jax.random.normal` costs several times as much.
+
+The projections are drawn at every step and never stored, so that their generator is a large part of
+the update. `benchmarks/generator.py` has both side by side.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt32
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def threefry2x32(
+    key: UInt32[Array, "2"], high: UInt32[Array, "*shape"], low: UInt32[Array, "*shape"]
+) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
+    """Two random words for each counter (high, low): Threefry-2x32 with 20 rounds.
+
+    `jax.random` has the same function as a loop, which goes through memory in each round; written
+    out, it is one pass. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+    """
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    x, y = high + schedule[0], low + schedule[1]
+    for group in range(5):
+        for bits in _ROTATIONS[group % 2]:
+            x = x + y
+            y = ((y << bits) | (y >> (32 - bits))) ^ x
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x, y
+
+
+def random_words(
+    key: PRNGKeyArray, stream: Int[ArrayLike, ""], rows: int, columns: int
+) -> tuple[UInt32[Array, "rows columns"], UInt32[Array, "rows columns"]]:
+    """Two arrays of independent random words.
+
+    Every word is a function of the key, the stream and its own place, so that it can be made on
+    whichever device needs it.
+
+    Args:
+      key: Typed PRNG key, of any generator.
+      stream: Another one gives other words.
+      rows: Rows of both arrays.
+      columns: Columns of both.
+    """
+    shape = (rows, columns)
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        words = jax.random.bits(jax.random.fold_in(key, stream), (2, *shape), jnp.uint32)
+        return words[0], words[1]
+    row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    high = jnp.full(shape, jnp.asarray(stream, jnp.uint32))
+    return threefry2x32(jax.random.key_data(key), high, row * jnp.uint32(columns) + column)
+
+
+def normal_of_words(
+    u: UInt32[Array, "*shape"], v: UInt32[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """A standard normal of two words, r cos(angle): Box and Muller, 1958.
+
+    The radius is of 24 bits, up to 5.77. The angle is of 2 bits for the quarter turn and 24 for a
+    place within an eighth of a turn to both sides, where Taylor series are exact to float32. A
+    quarter turn more makes a normal that is independent of the first.
+    """
+    radius = jnp.sqrt(
+        -2 * jnp.log((u >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 + 2**-24)
+    )
+    place = ((v << 2) >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 - 0.5
+    x = place * jnp.float32(math.pi / 2)
+    square = jnp.square(x)
+    sine = x * _polynomial(square, (1, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
+    cosine = _polynomial(square, (1, -1 / 2, 1 / 24, -1 / 720, 1 / 40320))
+    quarter = v >> 30
+    # cos, -sin, -cos, sin
+    turned = jnp.where(quarter & 1 == 1, sine, cosine)
+    return jnp.where((quarter == 1) | (quarter == 2), -radius, radius) * turned
+
+
+def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> Array:
+    *others, value = (jnp.float32(c) for c in coefficients)
+    for coefficient in reversed(others):
+        value = value * x + coefficient
+    return value
+
+
+def stored_words(
+    key: PRNGKeyArray, stream: Int[ArrayLike, ""], rows: int, columns: int
+) -> tuple[UInt32[Array, "rows columns"], UInt32[Array, "rows columns"]]:
+    """`random_words` that a CPU keeps; it would make them again for each of their uses.
+
+    XLA's CPU compiler drops optimization barriers before it fuses, but not a call that it may not
+    put in line.
+    """
+
+    def call(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
+        with set_xla_metadata(inlineable="false"):
+            return _words_in_line(key, stream, rows, columns)
+
+    def in_line(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
+        return random_words(key, stream, rows, columns)
+
+    return jax.lax.platform_dependent(key, stream, cpu=call, default=in_line)
+
+
+# Not within `stored_words`, where outside of `jax.jit` every call would compile it again.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _words_in_line(
+    key: PRNGKeyArray, stream: Array, rows: int, columns: int
+) -> tuple[Array, Array]:
+    with set_xla_metadata(inlineable=None):  # the call only, not what it calls
+        return random_words(key, stream, rows, columns)
