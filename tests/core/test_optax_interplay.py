@@ -321,5 +321,5 @@ def test_with_two_learning_rates_the_state_still_mirrors_the_parameters():
     tx = apollo_mini(0.01, adam_learning_rate=0.1)
     state = tx.init(MIXED)
     doubled = optax.tree_map_params(tx, lambda x: x + 1, state)
-    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(doubled, state)
     chex.assert_trees_all_equal(doubled[0].mu, jax.tree.map(lambda x: x + 1, state[0].mu))
