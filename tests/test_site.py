@@ -1,6 +1,5 @@
 """The documentation builds without a warning, and its figures are those of the results."""
 
-import inspect
 import json
 import os
 import re
@@ -68,13 +67,9 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
 def test_every_public_name_of_the_modules_has_an_entry(site: Path) -> None:
     named = {
         f"{module.__name__}.{name}"
-        for module in (planning, quantization, sharding)
+        for module in (layerwise, planning, quantization, sharding)
         for name in module.__all__
         if name != "QArray"  # qwix's, documented there
-    } | {
-        f"{layerwise.__name__}.{name}"
-        for name, of in vars(layerwise).items()
-        if not name.startswith("_") and inspect.getmodule(of) is layerwise
     }
     assert named <= entries(site)
 

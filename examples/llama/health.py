@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, PyTree
 
-from apollo_optax.layerwise import SQUARES_OVERFLOW
-
 __all__ = [
     "CAUSES",
     "Health",
@@ -24,6 +22,9 @@ CAUSES = ("", "not finite", "loss spike", "zero gradient")
 """What a verdict says: why a step was skipped; 0 if it was taken."""
 
 _TAKEN, _NOT_FINITE, _SPIKE, _ZERO = range(len(CAUSES))
+# From here on squares of gradients may not add up to a finite float32. A guarded layer-wise step
+# has the same limit.
+_SQUARES_OVERFLOW = 1e15
 # The mean follows about the last 50 steps.
 _DECAY = 0.98
 
@@ -108,7 +109,7 @@ def judge(
     >>> CAUSES[int(verdict)]
     'loss spike'
     """
-    finite = jnp.isfinite(loss) & (largest < SQUARES_OVERFLOW)
+    finite = jnp.isfinite(loss) & (largest < _SQUARES_OVERFLOW)
     spike = loss > max_loss(health, spike_limit)
     causes = [(~finite, _NOT_FINITE), (spike, _SPIKE), (largest == 0, _ZERO)]
     conditions, verdicts = zip(*causes, strict=True)
