@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, planning, scale_by_apollo
-from apollo_optax._hbm import compile_step, hbm_bytes
 from apollo_optax.experimental import pallas_gpu, pallas_tpu
+from apollo_optax.planning._hlo import hbm_bytes, parse_program
+from apollo_optax.planning._plan import compile_update
 
 pytestmark = pytest.mark.optimized
 
@@ -24,7 +25,7 @@ def compiled_update(
 ) -> str:
     """A step of one leaf in float32, as text."""
     params = {"w": jax.ShapeDtypeStruct(shape, "float32")}
-    return compile_step(optimizer, params, target).as_text() or ""
+    return compile_update(optimizer, params, target).as_text() or ""
 
 
 @pytest.mark.parametrize("target", ["cpu", *CHIPS])
@@ -50,7 +51,7 @@ def test_no_gradient_is_transposed_or_copied(target, rank, granularity, shape):
 def test_a_kernel_saves_a_read_of_the_gradient(target, rank, kernel, shape):
     def moved(implementation: Any) -> int:
         tx = scale_by_apollo(rank, weight_dimension_numbers=LAST_TWO, implementation=implementation)
-        return hbm_bytes(compiled_update(target, tx, shape))
+        return hbm_bytes(parse_program(compiled_update(target, tx, shape)))
 
     assert moved(kernel) < moved(None) - 0.9 * 4 * math.prod(shape)
 
@@ -64,7 +65,7 @@ def test_weight_decay_and_schedule_are_applied_in_the_same_pass(target, words):
     shape = (2, 1024, 4096)
     schedule = optax.cosine_decay_schedule(0.01, 100)
     mini = apollo_mini(schedule, weight_dimension_numbers=LAST_TWO, weight_decay=0.1)
-    moved = hbm_bytes(compiled_update(target, mini, shape))
+    moved = hbm_bytes(parse_program(compiled_update(target, mini, shape)))
     assert moved / (4 * math.prod(shape)) == pytest.approx(words, rel=0.01)
 
 

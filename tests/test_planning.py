@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from apollo_optax import _targets, apollo_mini, planning
-from apollo_optax._collectives import read_traffic
-from apollo_optax.planning import GPUS, TPUS, mesh_for, needed_bytes, parse_target
+from apollo_optax import apollo_mini, planning
+from apollo_optax.planning import GPUS, TPUS, Collective, _targets, mesh_for, parse_target
+from apollo_optax.planning._hlo import parse_program, read_traffic
+from apollo_optax.planning._plan import needed_bytes
 
 pytestmark = pytest.mark.optimized
 
@@ -443,32 +444,27 @@ HLO = Path(__file__).parent / "hlo"
 
 
 def test_gpu_program_is_read_with_its_loops():
-    traffic = read_traffic((HLO / "gpu.hlo").read_text())
+    traffic = read_traffic(parse_program((HLO / "gpu.hlo").read_text()))
     assert traffic.loops == (12,)
-    assert traffic.counts == {"all-gather": 12, "reduce-scatter": 12, "all-reduce": 1}
     gathered = 32 * 4 * 2
-    assert traffic.payloads["all-gather"] == 12 * gathered
-    assert traffic.payloads["reduce-scatter"] == 12 * 2 * gathered
-    assert traffic.payloads["all-reduce"] == FLOAT32 + gathered // 4
+    assert traffic.collectives == {
+        "all-gather": Collective(12, 12 * gathered),
+        "reduce-scatter": Collective(12, 12 * 2 * gathered),
+        "all-reduce": Collective(1, FLOAT32 + gathered // 4),
+    }
 
 
 def test_tpu_program_is_read_with_its_loops_fusions_offloads_and_slices():
-    traffic = read_traffic((HLO / "tpu.hlo").read_text())
+    traffic = read_traffic(parse_program((HLO / "tpu.hlo").read_text()))
     trips = 8 - 2  # the counter's bound and start
     assert traffic.loops == (trips,)
-    assert traffic.counts == {
-        "all-gather": trips,  # two fusions, one collective
-        "reduce-scatter": trips,
-        "all-reduce": trips,
-        "collective-permute": trips,
-        "all-reduce between slices": 1,
-    }
-    assert traffic.payloads == {
-        "all-gather": trips * 32 * 128 * 2,
-        "reduce-scatter": trips * 32 * 128 * FLOAT32,
-        "all-reduce": trips * 16 * 128 * FLOAT32,
-        "collective-permute": trips * 8 * 128 * 2,
-        "all-reduce between slices": 16 * 128 * FLOAT32,
+    assert traffic.collectives == {
+        # Two fusions, one collective.
+        "all-gather": Collective(trips, trips * 32 * 128 * 2),
+        "reduce-scatter": Collective(trips, trips * 32 * 128 * FLOAT32),
+        "all-reduce": Collective(trips, trips * 16 * 128 * FLOAT32),
+        "collective-permute": Collective(trips, trips * 8 * 128 * 2),
+        "all-reduce between slices": Collective(1, 16 * 128 * FLOAT32),
     }
 
 
@@ -486,20 +482,20 @@ def test_text_without_an_entry_is_refused_with_what_is_expected(stage):
         "no entry": (HLO / "gpu.hlo").read_text().replace("ENTRY ", ""),
     }[stage]
     with pytest.raises(ValueError, match=r"compiled program, .*\.compile\(\)\.as_text\(\)") as info:
-        read_traffic(text)
+        parse_program(text)
     assert f"hlo begins {str(text)[:40]!r} and has no entry" in str(info.value)
 
 
 def test_program_without_collectives_has_none():
     program = jax.jit(jnp.sin).lower(jnp.ones(4)).compile().as_text()
-    assert read_traffic(program or "") == ({}, {}, ())
+    assert read_traffic(parse_program(program or "")) == ({}, ())
 
 
 def test_loop_that_does_not_tell_its_trips_counts_once():
     program = (HLO / "tpu.hlo").read_text()
-    traffic = read_traffic(program.replace("constant(8)", "parameter(1)"))
+    traffic = read_traffic(parse_program(program.replace("constant(8)", "parameter(1)")))
     assert traffic.loops == (None,)
-    assert traffic.counts["all-gather"] == 1
+    assert traffic.collectives["all-gather"].count == 1
 
 
 @pytest.mark.parametrize(
@@ -625,7 +621,7 @@ def test_scanned_layers_count_once_a_layer_on_every_compiler(target):
     plan = compile_for(target, forward, weights, x)
     assert plan.loops in ((layers,), ())  # unrolled is also right
     activations = 32 // 4 * 512 * 2
-    assert plan.collectives["all-reduce"] == planning.Collective(layers, layers * activations)
+    assert plan.collectives["all-reduce"] == Collective(layers, layers * activations)
 
 
 @pytest.mark.planning

@@ -1,4 +1,4 @@
-"""Names of chips and slices, what they are, and their devices, absent or not.
+"""Names of chips and slices, what they are, their devices, absent or not, and meshes of them.
 
 The tables hold facts: the vendors' data sheets, what a CUDA program reads from the driver, and what
 the TPU compiler calls available. Where they differ from the number in a chip's name, they count.
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import Mesh
 
 GIB = 2**30
 MIB = 2**20
@@ -253,6 +254,56 @@ def devices_of(target: Target) -> tuple[Any, ...]:
         with compiler_environment():
             return tuple(_gpu_topology(target).devices)
     return _local_devices(target)
+
+
+def mesh_for(
+    target: str | Target,
+    axis_sizes: Mapping[str, int],
+    *,
+    axis_types: tuple[jax.sharding.AxisType, ...] | None = None,
+) -> Mesh:
+    """A mesh over a target's devices, for the shardings of a step's arguments.
+
+    The axes are laid out along the links of a TPU slice as `jax.make_mesh` does. Over several
+    slices, the first axis is the one that crosses between them.
+
+    >>> mesh_for("cpu", {"data": 1, "model": 1}).axis_names
+    ('data', 'model')
+
+    Args:
+      target: As for `compile_for`.
+      axis_sizes: The mesh's axes and their sizes, which multiply to the target's devices.
+      axis_types: Those of `jax.sharding.Mesh`; automatic if None.
+
+    Raises:
+      ImportError: if the target's compiler is not installed.
+      ValueError: if the sizes do not multiply to the number of devices, or the first is not a
+        multiple of the slices.
+    """
+    target = parse_target(target)
+    devices = devices_of(target)
+    names, sizes = tuple(axis_sizes), tuple(axis_sizes.values())
+    spelled = ", ".join(f"{name}={size}" for name, size in axis_sizes.items())
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"the mesh {spelled} has {math.prod(sizes)} devices and target {target.name!r} has "
+            f"{len(devices)}"
+        )
+    if target.slices == 1:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(array, names, axis_types=axis_types)
+    if sizes[0] % target.slices:
+        raise ValueError(
+            f"the first axis of the mesh {spelled} crosses between the {target.slices} slices of "
+            f"{target.name!r}, so its size must be a multiple of {target.slices}"
+        )
+    array = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // target.slices, *sizes[1:]),
+        (target.slices, *(1 for _ in sizes[1:])),
+        devices,
+        allow_split_physical_axes=True,
+    )
+    return Mesh(array, names, axis_types=axis_types)
 
 
 def _tpu_topology(target: Target) -> topologies.TopologyDescription:

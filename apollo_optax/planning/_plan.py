@@ -1,15 +1,4 @@
-"""Compiles a training step for chips that are not here, and reads what it needs off the program.
-
-XLA's compilers for TPUs and GPUs run on a machine that has neither. They lay out every buffer of a
-step, so what a step needs is known before a chip is rented; nothing is run.
-
-    plan = planning.compile_for("a100-80gb:8", step, params, state, batch, donate_argnums=(0, 1))
-    plan.fits, plan.peak_bytes, plan.collectives
-
-In a checkout, install with `pip install -e '.[planning]'`. Set `JAX_PLATFORMS=cpu` so that JAX does
-not look for the chips. What the numbers leave out: memory of other processes on a chip, and the
-fragmentation of an allocator that has served other programs before.
-"""
+"""What a step needs on a target, as its compiler has it."""
 
 import contextlib
 import dataclasses
@@ -23,45 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from apollo_optax._collectives import Traffic, read_traffic
-from apollo_optax._targets import (
+from apollo_optax.planning._hlo import Collective, parse_program, read_traffic
+from apollo_optax.planning._targets import (
     GPUS,
-    TPUS,
     Target,
     devices_of,
     missing_compiler,
     parse_target,
 )
-
-__all__ = [
-    "GPUS",
-    "TPUS",
-    "Collective",
-    "LargestBatch",
-    "Plan",
-    "Target",
-    "compile_for",
-    "largest_batch",
-    "mesh_for",
-    "parse_target",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind in one step.
-
-    Attributes:
-      count: How often they run, those in loops once a trip.
-      bytes: Bytes of a device's arrays in them, the larger of what it hands in and what it receives
-        of each. What travels over the links is up to twice that, by the algorithm.
-    """
-
-    count: int
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +140,7 @@ def compile_for(
             _check_devices(sharding, target)
     args = _place(args, target, mesh, static_argnums, replicate=in_shardings is None)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        platforms = target.platform and (target.platform,)
-        lowered = jitted.trace(*args).lower(lowering_platforms=platforms)
+        lowered = _lower(target, jitted, args)
         _warn_if_nothing_is_donated(lowered)
         try:
             compiled = lowered.compile(_compiler_options(target, compiler_options))
@@ -189,8 +149,35 @@ def compile_for(
     return _plan(target, compiled)
 
 
+def compile_update(
+    optimizer: optax.GradientTransformation, params: Any, target: str
+) -> jax.stages.Compiled:
+    """The update and its addition to the weights, in place, compiled for one device.
+
+    Args:
+      optimizer: Its gradients are like the parameters.
+      params: Their shapes.
+      target: As for `compile_for`, of one device.
+    """
+
+    def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    device = parse_target(target)
+    state = jax.eval_shape(optimizer.init, params)
+    args = _place((params, state, params), device, None, None, replicate=True)
+    lowered = _lower(device, jax.jit(update, donate_argnums=(0, 1)), args)
+    return lowered.compile(_compiler_options(device))
+
+
+def _lower(target: Target, jitted: Any, args: tuple[Any, ...]) -> jax.stages.Lowered:
+    platforms = target.platform and (target.platform,)
+    return jitted.trace(*args).lower(lowering_platforms=platforms)
+
+
 def _compiler_options(
-    target: Target, compiler_options: Mapping[str, Any] | None
+    target: Target, compiler_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
     # Nothing can be timed on a chip that is not there.
     absent = {"xla_gpu_autotune_level": 0} if target.chip in GPUS else {}
@@ -201,7 +188,7 @@ def _plan(target: Target, compiled: jax.stages.Compiled) -> Plan:
     memory: Any = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     text = compiled.as_text()
-    traffic = read_traffic(text) if text else None
+    traffic = read_traffic(parse_program(text)) if text else None
     peak_bytes = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -218,18 +205,11 @@ def _plan(target: Target, compiled: jax.stages.Compiled) -> Plan:
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        collectives=traffic and _collectives(traffic),
+        collectives=traffic and traffic.collectives,
         flops=cost.get("flops"),
         hbm_bytes=cost.get("bytes accessed"),
         loops=traffic and traffic.loops,
     )
-
-
-def _collectives(traffic: Traffic) -> dict[str, Collective]:
-    return {
-        kind: Collective(traffic.counts[kind], traffic.payloads[kind])
-        for kind in sorted(traffic.counts)
-    }
 
 
 def _refused(target: Target, args: tuple[Any, ...], error: jax.errors.JaxRuntimeError) -> Plan:
@@ -373,141 +353,3 @@ def _warn_if_nothing_is_donated(lowered: jax.stages.Lowered) -> None:
 
 def _total_bytes(kinds: Counter[tuple[tuple[int, ...], Any]]) -> int:
     return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in kinds.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class LargestBatch:
-    """What `largest_batch` found.
-
-    Attributes:
-      batch: The largest batch that fits; 0 if none does.
-      plan: Its plan; None if none fits.
-      next_plan: The plan of the smallest batch found not to fit; None if the limit still fits.
-    """
-
-    batch: int
-    plan: Plan | None
-    next_plan: Plan | None
-
-
-def largest_batch(
-    target: str | Target,
-    build: Callable[[int], tuple[Callable[..., Any], Sequence[Any]]],
-    *,
-    multiple_of: int = 1,
-    limit: int = 65536,
-    **options: Any,
-) -> LargestBatch:
-    """Searches the largest batch that fits.
-
-    Peaks grow nearly in line with the batch, so that a line through two finds it in about four
-    compilations; bisection in between bounds their number for those that do not.
-
-    Args:
-      target: As for `compile_for`.
-      build: Makes the step and its arguments for a batch: `batch -> (step, args)`.
-      multiple_of: Batches tried are multiples of it, such as the devices that share a batch.
-      limit: The largest batch to try.
-      **options: As for `compile_for`: `donate_argnums`, `mesh`, ...
-
-    Returns:
-      The batch, its plan, and the plan of the next one that does not fit.
-
-    Raises:
-      ValueError: if `multiple_of` is not positive or the limit is below it.
-
-    >>> def build(batch):
-    ...     return lambda x: x.sum(), [jax.ShapeDtypeStruct((batch, 2**26), "float32")]
-    >>> found = largest_batch("cpu", build)
-    >>> found.plan.fits, found.next_plan.fits, found.batch > 0
-    (True, False, True)
-    """
-    if multiple_of < 1 or limit < multiple_of:
-        raise ValueError(
-            f"multiple_of must be 1 or more and limit at least multiple_of, got {multiple_of=} "
-            f"and {limit=}"
-        )
-
-    def plan_of(multiple: int) -> Plan:
-        step, args = build(multiple * multiple_of)
-        return compile_for(target, step, *args, **options)
-
-    plans: dict[int, Plan] = {}
-    most, candidate = limit // multiple_of, 1
-    fits, refused = 0, most + 1
-    while refused - fits > 1:
-        plan = plans[candidate] = plan_of(candidate)
-        fits, refused = (candidate, refused) if plan.fits else (fits, candidate)
-        candidate = _next_candidate(plans, fits, refused, most)
-    return LargestBatch(fits * multiple_of, plans.get(fits), plans.get(refused))
-
-
-def _next_candidate(plans: Mapping[int, Plan], fits: int, refused: int, most: int) -> int:
-    """Where a line through the two plans nearest to the capacity says that the last fits.
-
-    Every other time the middle instead, for peaks that are no line.
-    """
-    if fits == 0:
-        return 1
-    if refused in plans and len(plans) % 2:
-        return (fits + refused) // 2
-    largest = min(16 * fits, most) if refused > most else refused - 1
-    points = sorted(plans.items(), key=lambda at: abs(at[1].peak_bytes - at[1].capacity_bytes))
-    if len(points) < 2:
-        return min(2 * fits, most)
-    (batch, plan), (other_batch, other) = points[:2]
-    slope = (plan.peak_bytes - other.peak_bytes) / (batch - other_batch)
-    if slope <= 0:
-        return largest
-    room = (plan.capacity_bytes - plan.peak_bytes) / slope
-    return min(max(batch + math.floor(room), fits + 1), largest)
-
-
-def mesh_for(
-    target: str | Target,
-    axis_sizes: Mapping[str, int],
-    *,
-    axis_types: tuple[jax.sharding.AxisType, ...] | None = None,
-) -> Mesh:
-    """A mesh over a target's devices, for the shardings of a step's arguments.
-
-    The axes are laid out along the links of a TPU slice as `jax.make_mesh` does. Over several
-    slices, the first axis is the one that crosses between them.
-
-    >>> mesh_for("cpu", {"data": 1, "model": 1}).axis_names
-    ('data', 'model')
-
-    Args:
-      target: As for `compile_for`.
-      axis_sizes: The mesh's axes and their sizes, which multiply to the target's devices.
-      axis_types: Those of `jax.sharding.Mesh`; automatic if None.
-
-    Raises:
-      ImportError: if the target's compiler is not installed.
-      ValueError: if the sizes do not multiply to the number of devices, or the first is not a
-        multiple of the slices.
-    """
-    target = parse_target(target)
-    devices = devices_of(target)
-    names, sizes = tuple(axis_sizes), tuple(axis_sizes.values())
-    spelled = ", ".join(f"{name}={size}" for name, size in axis_sizes.items())
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"the mesh {spelled} has {math.prod(sizes)} devices and target {target.name!r} has "
-            f"{len(devices)}"
-        )
-    if target.slices == 1:
-        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(array, names, axis_types=axis_types)
-    if sizes[0] % target.slices:
-        raise ValueError(
-            f"the first axis of the mesh {spelled} crosses between the {target.slices} slices of "
-            f"{target.name!r}, so its size must be a multiple of {target.slices}"
-        )
-    array = mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // target.slices, *sizes[1:]),
-        (target.slices, *(1 for _ in sizes[1:])),
-        devices,
-        allow_split_physical_axes=True,
-    )
-    return Mesh(array, names, axis_types=axis_types)

@@ -1,0 +1,30 @@
+"""Compiles a training step for chips that are not here, and reads what it needs off the program.
+
+XLA's compilers for TPUs and GPUs run on a machine that has neither. They lay out every buffer of a
+step, so what a step needs is known before a chip is rented; nothing is run.
+
+    plan = planning.compile_for("a100-80gb:8", step, params, state, batch, donate_argnums=(0, 1))
+    plan.fits, plan.peak_bytes, plan.collectives
+
+In a checkout, install with `pip install -e '.[planning]'`. Set `JAX_PLATFORMS=cpu` so that JAX does
+not look for the chips. What the numbers leave out: memory of other processes on a chip, and the
+fragmentation of an allocator that has served other programs before.
+"""
+
+from apollo_optax.planning._hlo import Collective
+from apollo_optax.planning._largest_batch import LargestBatch, largest_batch
+from apollo_optax.planning._plan import Plan, compile_for
+from apollo_optax.planning._targets import GPUS, TPUS, Target, mesh_for, parse_target
+
+__all__ = [
+    "GPUS",
+    "TPUS",
+    "Collective",
+    "LargestBatch",
+    "Plan",
+    "Target",
+    "compile_for",
+    "largest_batch",
+    "mesh_for",
+    "parse_target",
+]
