@@ -91,18 +91,18 @@ def apply_updates_stochastic(params: PyTree, updates: PyTree, key: PRNGKeyArray 
     named, treedef = named_arrays(params)
     given = treedef.flatten_up_to(updates)
     added = [
-        add_stochastically(path, param, update, key)
+        add_update(path, param, update, key)
         for (path, param), update in zip(named, given, strict=True)
     ]
     return jax.tree.unflatten(treedef, added)
 
 
-def add_stochastically(path: Path, param: Array, update: Array | None, key: PRNGKeyArray) -> Array:
-    """Updates the parameter at `path` as `apply_updates_stochastic` does."""
+def add_update(path: Path, param: Array, update: Array | None, key: PRNGKeyArray | None) -> Array:
+    """Updates a parameter as `apply_updates_stochastic` does; rounds to nearest without a key."""
     if update is None:
         return param
     require_shape_of_parameter(path, update, param.shape)
-    if param.dtype in (jnp.bfloat16, jnp.float16):
+    if key is not None and param.dtype in (jnp.bfloat16, jnp.float16):
 
         def add(param: Array, update: Array, key: PRNGKeyArray) -> Array:
             return stochastic_round(key, param.astype(jnp.float32) + update, param.dtype)

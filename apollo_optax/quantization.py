@@ -33,7 +33,7 @@ from apollo_optax._names import transformer_dimension_numbers
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax._placement import call_on_automatic_axes
 from apollo_optax._rounding import (
-    add_stochastically,
+    add_update,
     leaf_key,
     require_new_key,
     require_shape_of_parameter,
@@ -309,13 +309,10 @@ def apply_updates(
     given = treedef.flatten_up_to(updates)
 
     def add(path: Path, param: Any, update: Any) -> Any:
+        if not _is_quantized(param):
+            return add_update(path, param, update, new_key)
         if update is None:
             return param
-        if not _is_quantized(param):
-            if new_key is not None:
-                return add_stochastically(path, param, update, new_key)
-            require_shape_of_parameter(path, update, param.shape)
-            return (param + update).astype(param.dtype)
         _require_trainable(path, param, update)
         of_leaf = None if new_key is None else leaf_key(new_key, path)
         return call_on_automatic_axes(_add_to_quantized, param, update, of_leaf, like=param)

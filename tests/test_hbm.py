@@ -37,15 +37,34 @@ ENTRY %main (w: f32[256]) -> f32[256] {
 """
 
 
-def test_arrays_in_other_memories_are_not_counted_and_loops_are_as_often_as_they_run():
-    program = PROGRAM.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"5"}}')
+NOTED = PROGRAM.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"5"}}')
+UNTOLD = PROGRAM.replace("TRIPS", "metadata={}")
+COUNTED = UNTOLD.replace(
+    "ROOT %go = pred[] constant(true)",
+    """%i = s32[] get-tuple-element(%state), index=1
+  %n = s32[] constant(7)
+  ROOT %go = pred[] compare(%i, %n), direction=LT""",
+).replace(
+    "%state = (f32[256]{0:T(256)}) tuple(%w)",
+    """%first = s32[] constant(2)
+  %state = (f32[256]{0:T(256)}, s32[]) tuple(%w, %first)""",
+)
+
+
+@pytest.mark.parametrize("program", [NOTED, COUNTED], ids=["noted", "in the condition"])
+def test_arrays_in_other_memories_are_not_counted_and_loops_are_as_often_as_they_run(program: str):
     ahead, half, loop, total = 1024, 512, 5 * (1024 + 512), 3 * 1024
     assert hbm_bytes(parse_program(program)) == ahead + half + loop + total
 
 
-def test_a_loop_whose_trips_are_unknown_is_refused():
+@pytest.mark.parametrize(
+    "program",
+    [UNTOLD, COUNTED.replace("tuple(%w, %first)", "fusion(%w, %first), calls=%fused")],
+    ids=["no counter", "a counter that begins anywhere"],
+)
+def test_a_loop_whose_trips_are_unknown_is_refused(program: str):
     with pytest.raises(ValueError, match="loop loop does not tell its trips"):
-        hbm_bytes(parse_program(PROGRAM.replace("TRIPS", "metadata={}")))
+        hbm_bytes(parse_program(program))
 
 
 def test_of_branches_the_cheapest_that_can_be_counted_is():
