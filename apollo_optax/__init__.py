@@ -9,6 +9,7 @@ from apollo_optax._matrices import ApolloDimensionNumbers
 from apollo_optax._names import transformer_dimension_numbers
 from apollo_optax._projections import Projection, gaussian, rademacher, svd
 from apollo_optax._rounding import apply_updates_stochastic
+from apollo_optax.dimension_numbers._infer import infer_dimension_numbers
 
 try:
     __version__ = importlib.metadata.version("apollo-optax")
@@ -24,6 +25,7 @@ __all__ = [
     "apollo_mini",
     "apply_updates_stochastic",
     "gaussian",
+    "infer_dimension_numbers",
     "limit_norm_growth",
     "rademacher",
     "scale_by_apollo",

@@ -1,0 +1,1 @@
+"""Which axes of each parameter make a matrix: read off the model, or said by rules; and a table."""

@@ -1,0 +1,746 @@
+"""Reads off a traced model which axes of each parameter make a matrix.
+
+The jaxpr of the forward function is interpreted with a `Value` in place of every array. It says
+which parameters an array still is (seen through casts, transposes, reshapes, slices, scans), so
+that a product with it says what the parameter's axes are for. Nothing runs.
+
+A rule of a primitive takes the facts gathered so far, the equation and the values of its operands,
+and returns those of its results. `_RULES`, at the end, has all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+REDUCTION, OUTPUT, BATCH = "reduction", "output", "batch"
+Roles = tuple[frozenset[str], ...]
+"""What a product does with each axis of a parameter; more than one role if the axis is split."""
+
+
+class Factor(NamedTuple):
+    """A part of an axis: the axes of the parameter that run along it, none if it has no such."""
+
+    axes: tuple[int, ...]
+    size: int
+
+
+class View(NamedTuple):
+    """A parameter in an array: the factors of every axis of the array, from major to minor.
+
+    Attributes:
+      axes: The factors of each axis.
+      batch: Axes of the parameter that are gone: scanned over, indexed or looked up.
+    """
+
+    axes: tuple[tuple[Factor, ...], ...]
+    batch: frozenset[int] = frozenset()
+
+
+# How an array can contain a parameter, or be marked.
+IS = "is"  # the parameter itself; nothing of the inputs is in it
+LOOKED_UP = "looked up"  # its rows, chosen by the inputs
+PRODUCT = "product"  # a product with it; the axes are those of the product's outputs
+SPREAD, ONE_HOT = ("spread", -1), ("one hot", -1)  # marks: constant, or one-hot, along the axis
+
+
+class Value(NamedTuple):
+    """What is known of an array.
+
+    Attributes:
+      views: From (kind, index of the parameter), or a mark, to the view.
+      data: Whether inputs are in it.
+      last: The parameters of whose products it is made, with no other product in between.
+    """
+
+    views: Mapping[tuple[str, int], View] = {}
+    data: bool = False
+    last: frozenset[int] = frozenset()
+
+    def of(self, kind: str) -> dict[int, View]:
+        """The views of a kind, by parameter."""
+        return {leaf: view for (of, leaf), view in self.views.items() if of == kind}
+
+
+@dataclass
+class Facts:
+    """What the interpretation has found out about the parameters, by their index.
+
+    Attributes:
+      shapes: Of the parameters.
+      constant: The value of constants.
+      uses: The roles of a parameter's axes in its products, and what kind of product said so.
+      looked_up: The axes along which the inputs choose rows of a parameter.
+      selected: Parameters of which the inputs choose matrices, to be multiplied.
+      apart: Axes that are taken apart, or are a batch axis, behind a product.
+      followed: Parameters with another parameter's product behind theirs.
+      sums: The `last` of both terms of every sum.
+      lost: Why a parameter could not be followed further.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+    constant: Value = field(default_factory=Value)
+    uses: dict[int, dict[Roles, str]] = field(default_factory=dict)
+    looked_up: dict[int, set[int]] = field(default_factory=dict)
+    selected: set[int] = field(default_factory=set)
+    apart: dict[int, set[int]] = field(default_factory=dict)
+    followed: set[int] = field(default_factory=set)
+    sums: set[tuple[frozenset[int], frozenset[int]]] = field(default_factory=set)
+    lost: dict[int, str] = field(default_factory=dict)
+
+    def use(self, leaf: int, view: View, roles: Sequence[str], what: str) -> None:
+        """Notes a product that gives the axes of a view these roles."""
+        of_axis: list[set[str]] = [set() for _ in self.shapes[leaf]]
+        for factors, role in zip(view.axes, roles, strict=True):
+            for axis in _axes_of(factors):
+                of_axis[axis].add(role)
+        for axis in view.batch:
+            of_axis[axis].add(BATCH)
+        # Axes of size one may have been dropped on the way.
+        found = tuple(frozenset(roles or {BATCH}) for roles in of_axis)
+        self.uses.setdefault(leaf, {}).setdefault(found, what)
+
+    def take_apart(self, value: Value, axis: int) -> None:
+        """Notes that the indices of an axis of a product go separate ways."""
+        for leaf, view in value.of(PRODUCT).items():
+            factors = [factor for factor in view.axes[axis] if factor.size > 1]
+            if len(factors) == 1 and len(factors[0].axes) == 1:
+                (of_leaf,) = factors[0].axes
+                if factors[0].size == self.shapes[leaf][of_leaf]:
+                    self.apart.setdefault(leaf, set()).add(of_leaf)
+
+    def lose(self, value: Value, why: str) -> None:
+        """Notes that the parameters in a value cannot be followed."""
+        for kind in (IS, LOOKED_UP):
+            for leaf in value.of(kind):
+                self.lost.setdefault(leaf, why)
+
+
+def parameter(leaf: int, shape: tuple[int, ...]) -> Value:
+    """The value of a parameter."""
+    return Value({(IS, leaf): View(tuple((Factor((a,), n),) for a, n in enumerate(shape)))})
+
+
+def interpret(facts: Facts, jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value]:
+    """Runs a jaxpr on values, and returns the values of its results."""
+    env = dict.fromkeys(jaxpr.constvars, facts.constant)
+    env.update(zip(jaxpr.invars, values, strict=True))
+
+    def value_of(atom: Any) -> Value:
+        return Value() if isinstance(atom, Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        rule = _RULES.get(eqn.primitive.name, _opaque)
+        results = rule(facts, eqn, [value_of(atom) for atom in eqn.invars])
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [value_of(atom) for atom in jaxpr.outvars]
+
+
+# Views: what a change of shape does to them.
+
+
+def _axes_of(factors: Iterable[Factor]) -> set[int]:
+    return {axis for factor in factors for axis in factor.axes}
+
+
+def _is_mapped(factors: Iterable[Factor]) -> bool:
+    return any(factor.axes for factor in factors)
+
+
+def _plain(size: int) -> tuple[Factor, ...]:
+    """The factors of an axis that is of no parameter."""
+    return (Factor((), size),)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def _resized(factors: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
+    """The factors of an axis of which a part is taken, or to which something is added."""
+    if math.prod(factor.size for factor in factors) == size:
+        return factors
+    return (Factor(tuple(sorted(_axes_of(factors))), size),)
+
+
+def _regrouped(
+    axes: Iterable[tuple[Factor, ...]], shape: tuple[int, ...]
+) -> tuple[tuple[Factor, ...], ...] | None:
+    """The factors of each axis after a reshape, None where it cuts across them."""
+    factors = [factor for axis in axes for factor in axis if factor.size > 1][::-1]
+    regrouped = []
+    for size in shape:
+        group = []
+        while size > 1 and factors:
+            factor = factors.pop()
+            major = math.gcd(factor.size, size)
+            if major not in (factor.size, size):
+                return None
+            group.append(Factor(factor.axes, major))
+            if factor.size > major:
+                factors.append(Factor(factor.axes, factor.size // major))
+            size //= major
+        regrouped.append(tuple(group))
+    return tuple(regrouped)
+
+
+def _mapped_views(value: Value, change: Callable[[View], View | None]) -> Value:
+    """The value after a change of shape; views that it makes None are left out."""
+    changed = ((key, change(view)) for key, view in value.views.items())
+    return value._replace(views={key: view for key, view in changed if view is not None})
+
+
+def _without(value: Value, axes: Iterable[int]) -> Value:
+    """Removes axes; those of a parameter in them are batch axes: one index after the other."""
+    gone = set(axes)
+
+    def change(view: View) -> View:
+        batch = view.batch.union(*(_axes_of(view.axes[axis]) for axis in gone))
+        kept = tuple(factors for axis, factors in enumerate(view.axes) if axis not in gone)
+        return View(kept, batch)
+
+    return _mapped_views(value, change) if value.views else value
+
+
+def _inserted(value: Value, axis: int, size: int) -> Value:
+    return _mapped_views(
+        value, lambda v: v._replace(axes=(*v.axes[:axis], _plain(size), *v.axes[axis:]))
+    )
+
+
+def _sized_as(value: Value, atom: Any) -> Value:
+    """The same axes in the sizes of the variable that holds the value."""
+    return _mapped_views(
+        value, lambda v: v._replace(axes=tuple(map(_resized, v.axes, _shape(atom))))
+    )
+
+
+def _cut(facts: Facts, value: Value, array: Any, part: Any) -> Value:
+    """A part of an array, or an array that was added to: same axes, other sizes."""
+    for axis, (before, after) in enumerate(zip(_shape(array), _shape(part), strict=True)):
+        if after == 1 < before:
+            facts.take_apart(value, axis)
+    return _sized_as(value, part)
+
+
+def _spread(value: Value, shape: tuple[int, ...]) -> set[int]:
+    """Axes along which all entries are the same."""
+    mark = value.views.get(SPREAD)
+    return {
+        axis
+        for axis, size in enumerate(shape)
+        if size == 1 or (mark is not None and all(factor.axes for factor in mark.axes[axis]))
+    }
+
+
+def _mark(shape: tuple[int, ...], axes: set[int]) -> View:
+    return View(tuple((Factor((0,) * (a in axes), n),) for a, n in enumerate(shape)))
+
+
+def _broadcast(
+    value: Value, old: tuple[int, ...], new: tuple[int, ...], onto: Sequence[int]
+) -> Value:
+    """Axis i of `old` becomes axis `onto[i]` of `new`; the array is the same along all others."""
+    if old == new:
+        return value
+    source = {to: axis for axis, to in enumerate(onto) if old[axis] == new[to]}
+
+    def change(view: View) -> View:
+        axes = (view.axes[source[a]] if a in source else _plain(n) for a, n in enumerate(new))
+        return view._replace(axes=tuple(axes))
+
+    spread = _spread(value, old)
+    spread = {axis for axis in range(len(new)) if source.get(axis) in (None, *spread)}
+    moved = _mapped_views(value, change)
+    return moved._replace(views={**moved.views, SPREAD: _mark(new, spread)})
+
+
+def _merged(facts: Facts, views: Iterable[dict[int, View]], kind: str) -> dict[Any, View]:
+    """The views of several values in one; a parameter that they see differently is left out."""
+    merged: dict[int, View] = {}
+    torn: set[int] = set()
+    for of_value in views:
+        for leaf, view in of_value.items():
+            if merged.setdefault(leaf, view) != view:
+                torn.add(leaf)
+                if kind == IS:
+                    facts.lost.setdefault(leaf, "it is combined with itself in another shape")
+    return {(kind, leaf): view for leaf, view in merged.items() if leaf not in torn}
+
+
+def _together(values: Iterable[Value]) -> Value:
+    """All that went into an array, without views."""
+    values = list(values)
+    return Value(
+        data=any(value.data for value in values),
+        last=frozenset().union(*(value.last for value in values)),
+    )
+
+
+def _either(facts: Facts, values: Sequence[Value]) -> Value:
+    """The value of an array that is one of several: the branches of a condition."""
+    together = _together(values)
+    kinds = (LOOKED_UP, PRODUCT) if together.data else (IS, LOOKED_UP, PRODUCT)
+    views: dict[Any, View] = {}
+    for kind in kinds:
+        views |= _merged(facts, (value.of(kind) for value in values), kind)
+    return together._replace(views=views)
+
+
+# Rules of primitives.
+
+
+def _opaque(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    for value in values:
+        facts.lose(value, f"{eqn.primitive.name!r} takes it, which cannot be looked into")
+    return [_together(values)] * len(eqn.outvars)
+
+
+def _noise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    return [Value()] * len(eqn.outvars)
+
+
+def _elementwise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
+    values = [
+        _broadcast(value, _shape(atom), shape, range(len(_shape(atom))))
+        for value, atom in zip(values, eqn.invars, strict=True)
+    ]
+    if name in ("add", "sub") and shape and all(value.last for value in values):
+        facts.sums.add((values[0].last, values[1].last))
+    spread = [_spread(value, shape) for value in values]
+    varying = [v for v, s in zip(values, spread, strict=True) if v.data and len(s) < len(shape)]
+    result = _together(values)
+    terms = values[1:] if name == "select_n" else values
+    views: dict[Any, View] = {}
+    if not varying and any(value.of(IS) for value in terms):
+        # A scale that comes with the inputs does not make a weight an activation.
+        result = result._replace(data=False)
+        views |= _fullest(_merged(facts, (value.of(IS) for value in terms), IS))
+    if all(value.of(LOOKED_UP) for value in varying):
+        views |= _fullest(_merged(facts, (value.of(LOOKED_UP) for value in terms), LOOKED_UP))
+    views |= _merged(facts, (value.of(PRODUCT) for value in terms), PRODUCT)
+    if name == "eq":
+        one_hot = {
+            axis
+            for a, b in ((0, 1), (1, 0))
+            for axis in spread[a] - spread[b]
+            if values[a].data and not values[b].data
+        }
+        if one_hot:
+            views[ONE_HOT] = _mark(shape, one_hot)
+    elif name in ("convert_element_type", "mul", "and", "copy"):
+        views.update(item for v in values for item in v.views.items() if item[0] == ONE_HOT)
+    if common := set.intersection(*spread):
+        views[SPREAD] = _mark(shape, common)
+    return [result._replace(views=views)]
+
+
+def _fullest(views: dict[Any, View]) -> dict[Any, View]:
+    """The parameters with most of the array's axes: a weight, and not what scales it."""
+    axes = {key: sum(map(_is_mapped, view.axes)) for key, view in views.items()}
+    return {key: view for key, view in views.items() if axes[key] == max(axes.values())}
+
+
+def _same_axes(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    if len(_shape(eqn.invars[0])) != len(_shape(eqn.outvars[0])):  # devices as a new axis
+        return _opaque(facts, eqn, values)
+    return [
+        _cut(facts, value, before, after)
+        for value, before, after in zip(values, eqn.invars, eqn.outvars, strict=False)
+    ]
+
+
+def _transpose(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    order = eqn.params["permutation"]
+    return [
+        _mapped_views(values[0], lambda v: v._replace(axes=tuple(v.axes[axis] for axis in order)))
+    ]
+
+
+def _broadcast_in_dim(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    return [_broadcast(values[0], old, new, eqn.params["broadcast_dimensions"])]
+
+
+def _reshape(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    (value,) = values[:1]
+
+    def change(view: View) -> View | None:
+        axes = _regrouped(view.axes, _shape(eqn.outvars[0]))
+        ones = [factor for factors in view.axes for factor in factors if factor.size == 1]
+        return None if axes is None else View(axes, view.batch | _axes_of(ones))
+
+    reshaped = _mapped_views(value, change)
+    if len(reshaped.of(IS)) < len(value.of(IS)):
+        facts.lose(value, "a reshape cuts across its axes")
+    return [reshaped]
+
+
+def _squeeze(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    return [_without(values[0], eqn.params["dimensions"])]
+
+
+def _reduce(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    reduced = eqn.params["axes"]
+    result = _without(values[0], reduced)
+    if any(_is_mapped(view.axes[axis]) for view in values[0].of(IS).values() for axis in reduced):
+        # Its norm or its mean is no longer the parameter.
+        facts.lose(values[0], f"it is only summed up ({eqn.primitive.name})")
+        views = {key: view for key, view in result.views.items() if key[0] != IS}
+        result = result._replace(views=views)
+    return [result] * len(eqn.outvars)
+
+
+def _split(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    return [_cut(facts, values[0], eqn.invars[0], part) for part in eqn.outvars]
+
+
+def _unstack(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    axis = eqn.params["axis"]
+    facts.take_apart(values[0], axis)
+    return [_without(values[0], [axis])] * len(eqn.outvars)
+
+
+def _concatenate(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    shape = _shape(eqn.outvars[0])
+    if eqn.primitive.name == "stack":
+        values = [
+            _inserted(value, eqn.params["axis"], shape[eqn.params["axis"]]) for value in values
+        ]
+    return [_either(facts, [_sized_as(value, eqn.outvars[0]) for value in values])]
+
+
+def _iota(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    shape = _shape(eqn.outvars[0])
+    return [Value({SPREAD: _mark(shape, set(range(len(shape))) - {eqn.params["dimension"]})})]
+
+
+def _looked_up(facts: Facts, value: Value, axes: Iterable[int]) -> Value:
+    """The inputs choose along these axes of the array."""
+    for kind in (IS, LOOKED_UP):
+        for leaf, view in value.of(kind).items():
+            along = set().union(*(_axes_of(view.axes[axis]) for axis in axes))
+            facts.looked_up.setdefault(leaf, set()).update(along)
+    views = {
+        (LOOKED_UP if kind == IS else kind, leaf): view
+        for (kind, leaf), view in value.views.items()
+    }
+    return value._replace(views=views, data=True)
+
+
+def _dynamic_slice(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    value, old, new = values[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if any(index.data for index in values[1:]):
+        value = _looked_up(facts, value, [a for a in range(len(old)) if old[a] > new[a]])
+    return [_cut(facts, value, eqn.invars[0], eqn.outvars[0])]
+
+
+def _gather(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    (value, indices), numbers = values, eqn.params["dimension_numbers"]
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
+    kept = [axis for axis in range(len(old)) if axis not in (*collapsed, *batching)]
+    source: dict[int, int] = dict(zip(numbers.offset_dims, kept, strict=True))
+    of_indices = [axis for axis in range(len(new)) if axis not in source]
+    for axis, of_index in zip(batching, numbers.start_indices_batching_dims, strict=True):
+        source[of_indices[of_index]] = axis
+    if indices.data:
+        chosen = [a for a in numbers.start_index_map if eqn.params["slice_sizes"][a] < old[a]]
+        value = _looked_up(facts, value, chosen)
+    elif not of_indices:
+        for axis in collapsed:
+            facts.take_apart(value, axis)
+    elif len(collapsed) == len(of_indices) == 1:  # a choice or an order known beforehand
+        source[of_indices[0]] = collapsed[0]
+
+    def change(view: View) -> View:
+        batch = view.batch.union(
+            *(_axes_of(view.axes[axis]) for axis in collapsed if axis not in source.values())
+        )
+        axes = (
+            _resized(view.axes[source[a]], n) if a in source else _plain(n)
+            for a, n in enumerate(new)
+        )
+        return View(tuple(axes), batch)
+
+    gathered = _mapped_views(
+        value._replace(
+            views={key: view for key, view in value.views.items() if key not in (SPREAD, ONE_HOT)}
+        ),
+        change,
+    )
+    return [gathered._replace(data=value.data or indices.data)]
+
+
+# Products.
+
+
+def _is_weight(value: Value) -> bool:
+    return not value.data and bool(value.of(IS))
+
+
+def _is_repeated(value: Value) -> bool:
+    """Whether axes that no parameter has are in it: one for each example, as activations have."""
+    return not any(
+        all(_is_mapped(factors) or math.prod(f.size for f in factors) == 1 for factors in view.axes)
+        for view in value.of(IS).values()
+    )
+
+
+def _product(
+    facts: Facts,
+    values: Sequence[Value],
+    roles: Sequence[Sequence[str]],
+    sources: Sequence[tuple[int | None, int | None]],
+    paired: Iterable[tuple[int, int]],
+    shape: tuple[int, ...],
+    what: str,
+) -> Value:
+    """A product of two values.
+
+    Args:
+      facts: Is added to.
+      values: The operands.
+      roles: What the product does with the axes of each operand.
+      sources: The axes of the operands that each axis of the result is.
+      paired: The axes of the operands that the product runs over together, contracted or not.
+      shape: Of the result.
+      what: The kind of product.
+    """
+    weight = [_is_weight(value) for value in values]
+    if all(weight):
+        if values[0].of(IS).keys() & values[1].of(IS).keys():
+            return _together(values)  # the norm of a weight, or its Gram matrix
+        repeated = [_is_repeated(value) for value in values]
+        if any(repeated) and not all(repeated):  # a learned input
+            weight = [not r for r in repeated]
+
+    def placed(view: View, operand: int) -> View:
+        of = (source[operand] for source in sources)
+        axes = (_plain(n) if a is None else view.axes[a] for a, n in zip(of, shape, strict=True))
+        return view._replace(axes=tuple(axes))
+
+    result, views = _together(values), {}
+    last: frozenset[int] = frozenset()
+    for operand, (value, other) in enumerate(zip(values, values[::-1], strict=True)):
+        of_axis = roles[operand]
+        pairs = [pair[::-1] if operand else pair for pair in paired]
+        contracted = [axis for axis, role in enumerate(of_axis) if role == REDUCTION]
+        one_hot = other.views.get(ONE_HOT)
+        if (
+            weight[operand]
+            and one_hot
+            and contracted
+            and all(_is_mapped(one_hot.axes[b]) for a, b in pairs if a in contracted)
+        ):
+            rows = _looked_up(facts, value, contracted)
+            for leaf, view in rows.of(LOOKED_UP).items():
+                along = frozenset().union(*(_axes_of(view.axes[axis]) for axis in contracted))
+                views[LOOKED_UP, leaf] = placed(view._replace(batch=view.batch | along), operand)
+            continue
+        if weight[operand]:
+            used = value.of(IS)
+        elif not weight[1 - operand] and not other.of(LOOKED_UP):
+            used = {
+                leaf: view
+                for leaf, view in value.of(LOOKED_UP).items()
+                if {REDUCTION, OUTPUT}
+                <= {role for f, role in zip(view.axes, of_axis, strict=True) if _is_mapped(f)}
+            }
+            facts.selected.update(used)
+        else:
+            used = {}
+        if all(weight) and operand == 0:  # A B, as in x A B: what B contracts, A puts out
+            swap = {REDUCTION: OUTPUT, OUTPUT: REDUCTION, BATCH: BATCH}
+            of_axis = [swap[role] for role in of_axis]
+        for leaf, view in used.items():
+            facts.use(leaf, view, of_axis, what if not all(weight) else "product of parameters")
+            outputs = placed(view, operand)
+            if sum(map(_is_mapped, outputs.axes)) > 1:
+                views[PRODUCT, leaf] = outputs
+            for axis, of_other in pairs:
+                if of_axis[axis] == BATCH and _is_mapped(view.axes[axis]):
+                    facts.take_apart(other, of_other)
+        for leaf, view in value.of(PRODUCT).items():
+            if any(map(_is_mapped, (moved := placed(view, operand)).axes)):
+                views.setdefault((PRODUCT, leaf), moved)
+        if used or (value.last and not value.data and not weight[operand]):
+            last |= value.last | used.keys()
+            if not weight[1 - operand]:
+                facts.followed |= other.last
+    return result._replace(views=views, last=last or result.last)
+
+
+def _dot_general(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    numbers, grouped = eqn.params.get("dimension_numbers"), ()
+    what = "product"
+    if numbers is None:
+        ragged = eqn.params["ragged_dot_dimension_numbers"]
+        numbers, grouped = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions
+        what = "ragged product"
+    contracted, batch = numbers
+    roles = [
+        [
+            REDUCTION
+            if axis in contracted[operand]
+            else BATCH
+            if axis in batch[operand] or (operand and axis in grouped)
+            else OUTPUT
+            for axis in range(len(_shape(eqn.invars[operand])))
+        ]
+        for operand in (0, 1)
+    ]
+    free = [[axis for axis, role in enumerate(of) if role == OUTPUT] for of in roles]
+    shape = _shape(eqn.outvars[0])
+    sources: list[tuple[int | None, int | None]] = [
+        *zip(*batch, strict=True),
+        *((axis, None) for axis in free[0]),
+        *((None, axis) for axis in free[1]),
+    ]
+    if len(sources) < len(shape):  # a ragged contraction puts out its groups
+        sources = [(None, None)] * (len(shape) - len(sources)) + sources
+    paired = [*zip(*contracted, strict=True), *zip(*batch, strict=True)]
+    return [_product(facts, values[:2], roles, sources, paired, shape, what)]
+
+
+def _convolution(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    layout, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    shape, kernel = _shape(eqn.outvars[0]), values[1]
+    features = layout.rhs_spec[0]
+    roles = [OUTPUT if axis == features else REDUCTION for axis in range(len(shape))]
+    what = "convolution" if groups == 1 else "convolution of groups"
+    if groups == _shape(eqn.invars[1])[features] > 1:  # a filter for each channel
+        roles[features], what = BATCH, "convolution of each channel alone"
+    sources: list[tuple[int | None, int | None]] = [(None, None)] * len(shape)
+    sources[layout.out_spec[1]] = (None, features)
+    if not _is_weight(kernel) or _is_weight(values[0]):
+        return _opaque(facts, eqn, values)
+    unknown = [REDUCTION] * len(shape)
+    return [_product(facts, values, [unknown, roles], sources, [], shape, what)]
+
+
+# What calls other functions.
+
+
+def _call(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    named = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
+    (closed,) = (eqn.params[name] for name in named if name in eqn.params)
+    return interpret(facts, getattr(closed, "jaxpr", closed), values)
+
+
+def _shard_map(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    inner = eqn.params["jaxpr"]
+    inner = getattr(inner, "jaxpr", inner)
+
+    values = [_sized_as(value, atom) for value, atom in zip(values, inner.invars, strict=True)]
+    results = interpret(facts, inner, values)
+    return [_sized_as(value, atom) for value, atom in zip(results, eqn.outvars, strict=True)]
+
+
+def _cond(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    results = [interpret(facts, branch.jaxpr, values[1:]) for branch in eqn.params["branches"]]
+    return [_either(facts, of_branches) for of_branches in zip(*results, strict=True)]
+
+
+def _settled(before: Value, after: Value) -> Value:
+    """What holds before and after a turn of a loop."""
+    together = _together((before, after))
+    views = {
+        key: view
+        for key, view in before.views.items()
+        if after.views.get(key) == view and not (together.data and key[0] == IS)
+    }
+    return together._replace(views=views)
+
+
+def _repeated(
+    facts: Facts, carry: list[Value], turn: Callable[[Facts, list[Value]], list[Value]]
+) -> list[Value]:
+    """What holds in every turn of a loop; nothing is noted before that is settled."""
+    while True:
+        after = turn(Facts(facts.shapes, facts.constant), carry)
+        settled = [_settled(a, b) for a, b in zip(carry, after, strict=False)]
+        if settled == carry:
+            return settled
+        carry = settled
+
+
+def _scan(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    split = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    constants, carry, stacked = values[: split[0]], values[split[0] : split[1]], values[split[1] :]
+    if any(
+        _is_weight(v) and any(_is_mapped(w.axes[0]) for w in v.of(IS).values()) for v in stacked
+    ):
+        for value in stacked:
+            facts.take_apart(value, 0)
+    rows = [_without(value, [0]) for value in stacked]
+
+    def turn(facts: Facts, carry: list[Value]) -> list[Value]:
+        return interpret(facts, eqn.params["jaxpr"].jaxpr, [*constants, *carry, *rows])
+
+    carry = _repeated(facts, carry, turn)
+    after = turn(facts, carry)
+    results = [_inserted(value, 0, eqn.params["length"]) for value in after[len(carry) :]]
+    return [*carry, *results]
+
+
+def _while(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+    constants, carry = values[split[0] : split[1]], values[split[1] :]
+
+    def turn(facts: Facts, carry: list[Value]) -> list[Value]:
+        return interpret(facts, eqn.params["body_jaxpr"].jaxpr, [*constants, *carry])
+
+    carry = _repeated(facts, carry, turn)
+    turn(facts, carry)
+    return carry
+
+
+_Rule = Callable[[Facts, JaxprEqn, list[Value]], list[Value]]
+_RULES_OF_MANY: dict[_Rule, str] = {
+    _elementwise: """
+        abs acos acosh add and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
+        complex conj convert_element_type copy copy_p cos cosh cumlogsumexp cummax cummin cumprod
+        cumsum digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag
+        integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul mulhi ne neg
+        nextafter not or polygamma population_count pow real reduce_precision
+        regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
+        shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta""",
+    _same_axes: """
+        all_gather device_put mesh_cast name optimization_barrier pad pbroadcast pcast pmax pmin
+        ppermute psum psum2 psum_invariant pvary reduce_scatter reshard rev sharding_constraint
+        slice""",
+    _reduce: """
+        argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
+        reduce_xor""",
+    _noise: """
+        random_bits random_fold_in random_gamma random_seed random_split random_unwrap random_wrap
+        rng_bit_generator rng_uniform threefry2x32""",
+    _call: """
+        checkpoint closed_call composite core_call custom_jvp_call custom_partitioning
+        custom_vjp_call custom_vjp_call_jaxpr jit pjit remat remat2""",
+}
+_RULES: dict[str, _Rule] = {
+    **{name: rule for rule, names in _RULES_OF_MANY.items() for name in names.split()},
+    "broadcast_in_dim": _broadcast_in_dim,
+    "concatenate": _concatenate,
+    "cond": _cond,
+    "conv_general_dilated": _convolution,
+    "dot_general": _dot_general,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    "iota": _iota,
+    "ragged_dot_general": _dot_general,
+    "reshape": _reshape,
+    "scan": _scan,
+    "shard_map": _shard_map,
+    "split": _split,
+    "squeeze": _squeeze,
+    "stack": _concatenate,
+    "transpose": _transpose,
+    "unstack": _unstack,
+    "while": _while,
+}
