@@ -365,6 +365,18 @@ def _broadcast_in_dim(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[
     return [_broadcast(values[0], old, new, eqn.params["broadcast_dimensions"])]
 
 
+def _tile(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    repeats = [_plain(repeat) for repeat in eqn.params["reps"]]
+    return [
+        _mapped_views(
+            values[0],
+            lambda v: v._replace(
+                axes=tuple(a if r == _plain(1) else r + a for r, a in zip(repeats, v.axes))
+            ),
+        )
+    ]
+
+
 def _reshape(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     (value,) = values[:1]
 
@@ -740,6 +752,7 @@ _RULES: dict[str, _Rule] = {
     "split": _split,
     "squeeze": _squeeze,
     "stack": _concatenate,
+    "tile": _tile,
     "transpose": _transpose,
     "unstack": _unstack,
     "while": _while,
