@@ -9,7 +9,9 @@ from apollo_optax._matrices import ApolloDimensionNumbers
 from apollo_optax._names import transformer_dimension_numbers
 from apollo_optax._projections import Projection, gaussian, rademacher, svd
 from apollo_optax._rounding import apply_updates_stochastic
+from apollo_optax.dimension_numbers._describe import Description, describe
 from apollo_optax.dimension_numbers._infer import infer_dimension_numbers
+from apollo_optax.dimension_numbers._rules import dimension_numbers_from_rules
 
 try:
     __version__ = importlib.metadata.version("apollo-optax")
@@ -18,12 +20,15 @@ except importlib.metadata.PackageNotFoundError:  # a checkout that is not instal
 
 __all__ = [
     "ApolloDimensionNumbers",
+    "Description",
     "LimitNormGrowthState",
     "Projection",
     "ScaleByApolloState",
     "apollo",
     "apollo_mini",
     "apply_updates_stochastic",
+    "describe",
+    "dimension_numbers_from_rules",
     "gaussian",
     "infer_dimension_numbers",
     "limit_norm_growth",

@@ -366,15 +366,11 @@ def _broadcast_in_dim(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[
 
 
 def _tile(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    repeats = [_plain(repeat) for repeat in eqn.params["reps"]]
-    return [
-        _mapped_views(
-            values[0],
-            lambda v: v._replace(
-                axes=tuple(a if r == _plain(1) else r + a for r, a in zip(repeats, v.axes))
-            ),
-        )
-    ]
+    def repeated(factors: tuple[Factor, ...], times: int) -> tuple[Factor, ...]:
+        return factors if times == 1 else _plain(times) + factors
+
+    reps = eqn.params["reps"]
+    return [_mapped_views(values[0], lambda v: v._replace(axes=tuple(map(repeated, v.axes, reps))))]
 
 
 def _reshape(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
