@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
     Attributes:
       path: Its path; "*" for numbers that differ.
-      count: How many parameters.
+      copies: How many of them.
       shape: Of each.
       kind: "matrix", "vocabulary", "elementwise" or "unknown"; "" where neither the model nor
         specifications say it.
@@ -39,7 +39,7 @@ class Row(NamedTuple):
     """
 
     path: str
-    count: int
+    copies: int
     shape: tuple[int, ...]
     kind: str
     axes: str
@@ -77,7 +77,7 @@ class Description(Sequence[Row]):
         head = ["parameter", "shape", "kind", "axes", "numbers of state", "bytes", "over AdamW's"]
         cells = [
             [
-                row.path + (f" x {row.count}" if row.count > 1 else ""),
+                row.path + (f" x {row.copies}" if row.copies > 1 else ""),
                 str(row.shape),
                 row.kind,
                 row.axes,
@@ -164,7 +164,9 @@ def describe(
     if not is_optimizer:
         axes = axes_of_each_leaf(optimizer, arrays)
         optimizer = scale_by_apollo(rank or 1, weight_dimension_numbers=optimizer)
-    kinds = {path: (MATRIX if spec else "", _axes(spec), "") for path, spec in axes.items()}
+    kinds: dict[Path, tuple[str, str, str]] = {
+        path: (MATRIX if of_leaf else "", _axes(of_leaf), "") for path, of_leaf in axes.items()
+    }
     if forward is not None:
         placed = placements(forward, params, *inputs)
         for (path, leaf), at in zip(named_leaves(params)[0], placed, strict=True):
@@ -174,19 +176,26 @@ def describe(
     folded: dict[Any, list[tuple[Path, Any]]] = {}
     for path, leaf in named:
         numbers = sum(array.size for array in state_of[path])
-        key = re.sub(r"\d+", "*", spell(path)), np.shape(leaf), kinds.get(path), numbers
+        key = (
+            re.sub(r"\d+", "*", spell(path)),
+            np.shape(leaf),
+            kinds.get(path, ("", "", "")),
+            numbers,
+        )
         folded.setdefault(key, []).append((path, leaf))
     rows = []
-    for (pattern, shape, kind, _), members in folded.items():
+    for (pattern, shape, (kind, axes_said, reason), _), members in folded.items():
         states = [array for path, _ in members for array in state_of[path]]
         row = Row(
             pattern if len(members) > 1 else spell(members[0][0]),
             len(members),
             shape,
-            *(kind or ("", "", "")),
-            sum(array.size for array in states),
-            sum(array.size * array.dtype.itemsize for array in states),
-            0.0,
+            kind,
+            axes_said,
+            reason,
+            state_numbers=sum(array.size for array in states),
+            state_bytes=sum(array.size * array.dtype.itemsize for array in states),
+            over_adamw=0.0,
         )
         rows.append(row._replace(over_adamw=row.state_bytes / max(1, _adamw_bytes(row))))
     return Description(rows, sum(array.size * array.dtype.itemsize for array in rest))
@@ -211,7 +220,7 @@ def _state_of_each(
     An array belongs to the parameter in whose path its own ends.
     """
     of_each: dict[Path, list[Any]] = {path: [] for path in params}
-    rest = []
+    rest: list[Any] = []
     for path, array in named_leaves(state)[0]:
         owners = (path[start:] for start in range(len(path) + 1) if path[start:] in params)
         of_each.get(next(owners, ("",)), rest).append(array)
@@ -219,7 +228,7 @@ def _state_of_each(
 
 
 def _adamw_bytes(row: Row) -> int:
-    return 8 * row.count * math.prod(row.shape)
+    return 8 * row.copies * math.prod(row.shape)
 
 
 def _remarks(rows: list[Row]) -> list[str]:
@@ -232,7 +241,7 @@ def _remarks(rows: list[Row]) -> list[str]:
     full = [
         row
         for row in said
-        if row.kind != UNKNOWN and row.state_numbers >= 2 * row.count * math.prod(row.shape)
+        if row.kind != UNKNOWN and row.state_numbers >= 2 * row.copies * math.prod(row.shape)
     ]
     if full:
         remarks.append(
