@@ -1,6 +1,6 @@
 """What a traced model says of its parameters is what its author would say, for all leaves."""
 
-import itertools
+import functools
 import math
 import random
 import warnings
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, infer_dimension_numbers
@@ -572,8 +573,10 @@ def random_layer(rng: random.Random) -> tuple[Callable[..., Any], Any, Any, Any]
                 lambda x, w: (layer(x, w), None), x, jnp.moveaxis(w, layers_axis, 0)
             )
         elif how == "counter":
-            take = lambda i: jax.lax.dynamic_index_in_dim(w, i, layers_axis, keepdims=False)
-            x = jax.lax.fori_loop(0, 4, lambda i, x: layer(x, take(i)), x)
+            at = functools.partial(
+                jax.lax.dynamic_index_in_dim, w, axis=layers_axis, keepdims=False
+            )
+            x = jax.lax.fori_loop(0, 4, lambda i, x: layer(x, at(i)), x)
         else:
             for i in range(4):
                 x = layer(x, w[(slice(None),) * layers_axis + (i,)])
@@ -587,3 +590,152 @@ def random_layer(rng: random.Random) -> tuple[Callable[..., Any], Any, Any, Any]
 def test_axes_of_a_random_einsum_are_found_through_splits_permutations_and_merges(seed):
     forward, params, inputs, expected = random_layer(random.Random(seed))
     assert said(forward, params, inputs) == {"w": expected, "head": VOCABULARY}
+
+
+STACKED = {"w": shape(3 * 8, 16), "head": shape(16, 2)}
+
+
+def opaque(x, w):
+    """A kernel that no jaxpr looks into."""
+    return pl.pallas_call(lambda *refs: None, jax.ShapeDtypeStruct((2, 16), x.dtype))(x, w)
+
+
+def in_a_kernel(params, x):
+    return opaque(x, params["w"]) @ params["head"]
+
+
+def layers_merged_into_inputs(params, x):
+    y, _ = jax.lax.scan(
+        lambda y, w: (y + x @ w, None), jnp.zeros((2, 16)), params["w"].reshape(3, 8, 16)
+    )
+    return y @ params["head"]
+
+
+def unused(params, x):
+    return jnp.tanh(x)[:, :1] * params["head"][:2]
+
+
+def summed_up(params, x):
+    return jnp.tile(x, (1, 2)) * params["w"].sum(0) @ params["head"]
+
+
+def cut_across(params, x):
+    return jnp.tile(x, (1, 8)) @ params["w"].reshape(64, 6) @ params["head"][:6]
+
+
+OPAQUE = {
+    in_a_kernel: "'pallas_call' takes it",
+    layers_merged_into_inputs: "axis 0 is split between batch and reduction",
+    unused: "forward does not use it",
+    summed_up: "it is only summed up",
+    cut_across: "a reshape cuts across its axes",
+}
+
+
+@pytest.mark.parametrize("forward", OPAQUE, ids=lambda forward: forward.__name__)
+def test_what_the_model_does_not_tell_is_said_once_and_left_to_adam(forward):
+    with (
+        jax.numpy_rank_promotion("allow"),
+        pytest.warns(UserWarning, match="does not tell") as warned,
+    ):
+        specs = infer_dimension_numbers(forward, STACKED, shape(2, 8))
+    assert specs["w"] is None
+    (warning,) = warned
+    said = str(warning.message)
+    assert f"w (24, 16) ({OPAQUE[forward]}" in said
+    assert "3,072 bytes" in said
+    assert "dimension_numbers_from_rules" in said
+    assert warning.filename == __file__
+
+
+def test_contradicting_products_are_said_and_not_decided_by_order():
+    def forward(params, x):
+        one = jnp.einsum("bi,ijk->bjk", x, params["w"]).mean((1, 2))
+        other = jnp.einsum("bij,ijk->bk", x[:, :, None] * x[:, None], params["w"])
+        return (one[:, None] + other) @ params["head"]
+
+    params = {"w": shape(8, 8, 4), "head": shape(4, 2)}
+    assert said(forward, params, shape(2, 8)) == {"w": UNKNOWN, "head": VOCABULARY}
+
+
+def test_names_stand_in_where_the_model_does_not_tell():
+    params = {"mlp": {"kernel": shape(8, 16), "gamma": shape(8, 16)}}
+
+    def forward(params, x):
+        return sum(opaque(x, w) for w in jax.tree.leaves(params))
+
+    with pytest.warns(UserWarning, match=r"mlp/gamma .* and mlp/kernel|mlp/kernel") as warned:
+        specs = infer_dimension_numbers(forward, params, shape(2, 8))
+    assert specs == {"mlp": {"gamma": None, "kernel": ApolloDimensionNumbers(-2, -1)}}
+    assert len(warned) == 1
+
+
+def test_no_warning_where_all_is_told():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward, params, inputs, _ = MODELS["scanned_on_axis_one"]
+        infer_dimension_numbers(forward, params, *inputs)
+
+
+def test_embeddings_and_heads_are_matrices_on_demand():
+    forward, params, inputs, _ = MODELS["looked_up_by_one_hot"]
+    assert infer_dimension_numbers(forward, params, *inputs) == {"table": None, "head": None}
+    specs = infer_dimension_numbers(forward, params, *inputs, project_embeddings=True)
+    assert specs == {"table": matrix(0, 1), "head": matrix(0, 1)}
+
+
+@pytest.mark.parametrize(
+    "specification", [optax.contrib.MuonDimensionNumbers, optax.contrib.GaLoreDimensionNumbers]
+)
+def test_the_answer_comes_in_the_specifications_of_optax(specification):
+    forward, params, inputs, _ = MODELS["scanned_on_axis_one"]
+    specs = infer_dimension_numbers(forward, params, *inputs, specification=specification)
+    assert specs["up"] == specification(reduction_axis=0, output_axis=2)
+    assert type(specs["up"]) is specification
+    assert specs["norm"] is None
+
+
+def test_the_tree_is_what_apollo_takes():
+    forward, shapes, inputs, _ = MODELS["scanned_on_axis_one"]
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+    specs = infer_dimension_numbers(forward, params, *inputs)
+    assert jax.tree.structure(specs, is_leaf=lambda x: x is None or hasattr(x, "output_axis")) == (
+        jax.tree.structure(params)
+    )
+    tx = apollo_mini(0.01, weight_dimension_numbers=specs)
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params)
+    assert state[0].mu["up"].shape == (3, 1, 16)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+def test_nothing_runs_and_other_leaves_are_passed_on():
+    seen = []
+
+    def forward(params, x, scale, training):
+        seen.append((params["activation"], params["rate"], scale, training))
+        return params["activation"](x @ params["w"]) * scale @ params["head"]
+
+    params = {"w": shape(8, 8), "head": shape(8, 2), "activation": jnp.tanh, "rate": 0.5}
+    specs = infer_dimension_numbers(forward, params, shape(2, 8), 2.0, True)
+    assert specs == {"w": matrix(0, 1), "head": None, "activation": None, "rate": None}
+    assert seen == [(jnp.tanh, 0.5, 2.0, True)]
+
+
+def test_inputs_may_be_closed_over():
+    x = jnp.ones((2, 6), int)
+
+    def forward(params):
+        return block(params["table"][x], params) @ params["head"]
+
+    params = {"table": shape(20, 8), "norm": shape(8), "up": shape(8, 16), "down": shape(16, 8)}
+    expected = {"table": VOCABULARY, "norm": ELEMENTWISE, "head": VOCABULARY}
+    expected |= {"up": matrix(0, 1), "down": matrix(0, 1)}
+    assert said(forward, {**params, "head": shape(8, 3)}) == expected
+
+
+def test_a_forward_function_is_required_and_must_return_arrays():
+    with pytest.raises(TypeError, match="forward must be a function"):
+        infer_dimension_numbers({"w": shape(2, 2)}, shape(2, 2))
+    with pytest.raises(ValueError, match="forward returned no array"):
+        infer_dimension_numbers(lambda params, x: None, {"w": shape(2, 2)}, shape(2, 2))
