@@ -103,7 +103,8 @@ def matrix_axes(spec: Any, shape: tuple[int, ...], path: Path) -> MatrixAxes:
 
 def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: PyTree) -> PyTree:
     """Nested dictionary of the specification of each leaf, None for a leaf that is not a matrix."""
-    if callable(weight_dimension_numbers):
+    # A tree may be callable too: a module of Equinox or Flax NNX with specifications as its leaves.
+    if callable(weight_dimension_numbers) and jax.tree_util.all_leaves([weight_dimension_numbers]):
         weight_dimension_numbers = weight_dimension_numbers(tree)
     leaves, _ = named_arrays(tree)
     if weight_dimension_numbers is None or is_dimension_numbers(weight_dimension_numbers):
