@@ -1,6 +1,7 @@
 """Places every parameter of a model by what its forward function does with it."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -152,20 +153,7 @@ def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> lis
     facts = Facts(shapes[:count], Value(data=len(arrays) == sum(is_array[:count])))
     results = _trace.interpret(facts, jaxpr, values)
     heads = _heads(facts, results)
-    used = {v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
-    used |= {v for v in jaxpr.outvars if not hasattr(v, "val")}
-    unused = {
-        index
-        for index, variable in zip(
-            (i for i, a in enumerate(is_array[:count]) if a), jaxpr.invars, strict=False
-        )
-        if variable not in used
-    }
-    paths = [spell(path) for path, _ in named_leaves(params)[0]]
-    return [
-        _place(facts, index, index in heads, index in unused, is_array[index])
-        for index in range(len(paths))
-    ]
+    return [_place(facts, index, index in heads, is_array[index]) for index in range(count)]
 
 
 def _heads(facts: Facts, results: list[Value]) -> set[int]:
@@ -181,14 +169,12 @@ def _heads(facts: Facts, results: list[Value]) -> set[int]:
     return heads
 
 
-def _place(facts: Facts, leaf: int, is_head: bool, is_unused: bool, is_array: bool) -> Placement:
+def _place(facts: Facts, leaf: int, is_head: bool, is_array: bool) -> Placement:
     shape, uses = facts.shapes[leaf], facts.uses.get(leaf, {})
     if not is_array:
         return Placement(ELEMENTWISE, "not an array")
     if len(shape) < 2:
         return Placement(ELEMENTWISE, "fewer than two axes")
-    if is_unused:
-        return Placement(UNKNOWN, "forward does not use it")
     matrix = _matrix(facts, leaf)
     rows = facts.looked_up.get(leaf, set())
     if rows and leaf not in facts.selected:
@@ -208,7 +194,9 @@ def _matrix(facts: Facts, leaf: int) -> Placement:
     if not uses:
         if leaf in facts.lost:
             return Placement(UNKNOWN, facts.lost[leaf])
-        return Placement(ELEMENTWISE, "only entry by entry")
+        if leaf in facts.entrywise:
+            return Placement(ELEMENTWISE, "only entry by entry")
+        return Placement(UNKNOWN, "forward does not use it")
     roles: list[str] = []
     for of_axes in uses:
         for axis, several in enumerate(of_axes):
@@ -249,11 +237,16 @@ def _specs_by_name(named: list[tuple[Path, Any]]) -> dict[Path, ApolloDimensionN
 def _warn_of_unknown(unknown: list[tuple[Path, Any, str]], by_name: dict[Path, Any]) -> None:
     if not unknown:
         return
+    folded: dict[Any, list[Path]] = {}
+    for path, leaf, why in unknown:
+        key = re.sub(r"\d+", "*", spell(path)), tuple(leaf.shape), why, by_name[path]
+        folded.setdefault(key, []).append(path)
     said = [
-        f"{spell(path)} {tuple(leaf.shape)} ({why}; "
-        + (f"by its name {by_name[path]}" if by_name[path] else "trained with Adam")
-        + f", {8 * math.prod(leaf.shape):,} bytes of AdamW's moments)"
-        for path, leaf, why in unknown
+        (f"{pattern} x {len(paths)}" if len(paths) > 1 else spell(paths[0]))
+        + f" {shape} ({why}; "
+        + (f"by its name {spec}" if spec else "trained with Adam")
+        + f", {8 * len(paths) * math.prod(shape):,} bytes of AdamW's moments)"
+        for (pattern, shape, why, spec), paths in folded.items()
     ]
     more = f" and {len(said) - 3} more" if len(said) > 3 else ""
     warnings.warn(

@@ -77,6 +77,7 @@ class Facts:
       apart: Axes that are taken apart, or are a batch axis, behind a product.
       followed: Parameters with another parameter's product behind theirs.
       sums: The `last` of both terms of every sum.
+      entrywise: Parameters that are added or multiplied entry by entry.
       lost: Why a parameter could not be followed further.
     """
 
@@ -88,6 +89,7 @@ class Facts:
     apart: dict[int, set[int]] = field(default_factory=dict)
     followed: set[int] = field(default_factory=set)
     sums: set[tuple[frozenset[int], frozenset[int]]] = field(default_factory=set)
+    entrywise: set[int] = field(default_factory=set)
     lost: dict[int, str] = field(default_factory=dict)
 
     def use(self, leaf: int, view: View, roles: Sequence[str], what: str) -> None:
@@ -102,13 +104,12 @@ class Facts:
         found = tuple(frozenset(roles or {BATCH}) for roles in of_axis)
         self.uses.setdefault(leaf, {}).setdefault(found, what)
 
-    def take_apart(self, value: Value, axis: int) -> None:
-        """Notes that the indices of an axis of a product go separate ways."""
+    def take_apart(self, value: Value, axis: int, size: int = 1) -> None:
+        """Notes that parts of this size of an axis of a product go separate ways."""
         for leaf, view in value.of(PRODUCT).items():
-            factors = [factor for factor in view.axes[axis] if factor.size > 1]
-            if len(factors) == 1 and len(factors[0].axes) == 1:
-                (of_leaf,) = factors[0].axes
-                if factors[0].size == self.shapes[leaf][of_leaf]:
+            for factor in _indexed(view.axes[axis], size):
+                of_leaf = factor.axes[0] if len(factor.axes) == 1 else None
+                if of_leaf is not None and factor.size == self.shapes[leaf][of_leaf]:
                     self.apart.setdefault(leaf, set()).add(of_leaf)
 
     def lose(self, value: Value, why: str) -> None:
@@ -156,6 +157,15 @@ def _plain(size: int) -> tuple[Factor, ...]:
 
 def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(getattr(atom.aval, "shape", ()))
+
+
+def _indexed(factors: Iterable[Factor], size: int) -> list[Factor]:
+    """The major factors of which a part of this size has one index each."""
+    large = [factor for factor in factors if factor.size > 1]
+    for count in range(1, len(large) + 1):
+        if math.prod(factor.size for factor in large[count:]) == size:
+            return large[:count]
+    return []
 
 
 def _resized(factors: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
@@ -219,10 +229,22 @@ def _sized_as(value: Value, atom: Any) -> Value:
 
 def _cut(facts: Facts, value: Value, array: Any, part: Any) -> Value:
     """A part of an array, or an array that was added to: same axes, other sizes."""
-    for axis, (before, after) in enumerate(zip(_shape(array), _shape(part), strict=True)):
-        if after == 1 < before:
-            facts.take_apart(value, axis)
-    return _sized_as(value, part)
+    sizes = list(zip(_shape(array), _shape(part), strict=True))
+    for axis, (before, after) in enumerate(sizes):
+        if after < before:
+            facts.take_apart(value, axis, after)
+
+    def change(view: View) -> View:
+        axes, batch = [], set(view.batch)
+        for factors, (before, after) in zip(view.axes, sizes, strict=True):
+            if 1 < after < before:
+                indexed = _indexed(factors, after)
+                batch |= _axes_of(indexed)
+                factors = tuple(factor for factor in factors if factor not in indexed)
+            axes.append(_resized(factors, after))
+        return View(tuple(axes), frozenset(batch))
+
+    return _mapped_views(value, change) if value.views else value
 
 
 def _spread(value: Value, shape: tuple[int, ...]) -> set[int]:
@@ -282,6 +304,8 @@ def _together(values: Iterable[Value]) -> Value:
 def _either(facts: Facts, values: Sequence[Value]) -> Value:
     """The value of an array that is one of several: the branches of a condition."""
     together = _together(values)
+    if together.data:
+        facts.entrywise.update(leaf for value in values for leaf in value.of(IS))
     kinds = (LOOKED_UP, PRODUCT) if together.data else (IS, LOOKED_UP, PRODUCT)
     views: dict[Any, View] = {}
     for kind in kinds:
@@ -335,6 +359,8 @@ def _elementwise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
         views.update(item for v in values for item in v.views.items() if item[0] == ONE_HOT)
     if common := set.intersection(*spread):
         views[SPREAD] = _mark(shape, common)
+    for value in terms:
+        facts.entrywise.update(leaf for leaf in value.of(IS) if (IS, leaf) not in views)
     return [result._replace(views=views)]
 
 
@@ -525,6 +551,7 @@ def _product(
         repeated = [_is_repeated(value) for value in values]
         if any(repeated) and not all(repeated):  # a learned input
             weight = [not r for r in repeated]
+            facts.entrywise.update(values[repeated.index(True)].of(IS))
 
     def placed(view: View, operand: int) -> View:
         of = (source[operand] for source in sources)
@@ -673,6 +700,8 @@ def _repeated(
         settled = [_settled(a, b) for a, b in zip(carry, after, strict=False)]
         if settled == carry:
             return settled
+        for before, now in zip(carry, settled, strict=True):
+            facts.entrywise.update(before.of(IS).keys() - now.of(IS).keys())
         carry = settled
 
 
