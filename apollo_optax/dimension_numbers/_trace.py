@@ -594,7 +594,7 @@ def _product(
         for leaf, view in used.items():
             facts.use(leaf, view, of_axis, what if not all(weight) else "product of parameters")
             outputs = placed(view, operand)
-            if sum(map(_is_mapped, outputs.axes)) > 1:
+            if len(set().union(*map(_axes_of, outputs.axes))) > 1:
                 views[PRODUCT, leaf] = outputs
             for axis, of_other in pairs:
                 if of_axis[axis] == BATCH and _is_mapped(view.axes[axis]):
