@@ -127,7 +127,8 @@ def describe(
     Nothing is allocated: the state is that of `jax.eval_shape(optimizer.init, params)`.
 
     Args:
-      params: Parameters, bare or boxed; arrays or ShapeDtypeStructs.
+      params: Parameters, bare or boxed; arrays or ShapeDtypeStructs. Other leaves, Python's numbers
+        among them, are left out.
       optimizer: Any Optax optimizer; or specifications, as `weight_dimension_numbers` takes them,
         for the state that `scale_by_apollo` keeps with them.
       forward: The model, as `infer_dimension_numbers` takes it, for the kind and the axes of each
@@ -202,7 +203,7 @@ def describe(
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, float) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _axes(axes: MatrixAxes | None) -> str:
