@@ -125,13 +125,13 @@ HEADS_ON_AXIS_ONE = {
 
 
 def test_nnx_layers_scanned_on_axis_one_with_convolution_and_lora():
-    graph, params, rest = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param, ...)
+    graph, *states = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param, ...)
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), "float32")
 
     def forward(params, rest, images):
         return nnx.merge(graph, params, rest)(images)
 
-    assert placed(forward, params, rest, images) == {
+    assert placed(forward, *states, images) == {
         "patches/kernel": ((0, 1, 2), 3),
         **{f"blocks/{name}": said for name, said in HEADS_ON_AXIS_ONE.items()},
         "blocks/norm/scale": ELEMENTWISE,
