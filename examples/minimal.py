@@ -179,7 +179,7 @@ def train(steps: int, folder: Path) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="updates in all")
+    parser.add_argument("--steps", type=int, default=300, help="updates in all")
     parser.add_argument("--folder", type=Path, default=Path("runs/minimal"), help="of checkpoints")
     train(**vars(parser.parse_args(arguments)))
 
