@@ -29,7 +29,7 @@ VOCABULARY = 256  # a token is a byte
 WIDTH, LAYERS, HEADS = 128, 2, 4
 
 # The training.
-SEQUENCE, BATCH = 128, 16
+SEQUENCE, BATCH = 128, 8
 LEARNING_RATE, SCALE, WARMUP_STEPS = 0.04, 8**0.5, 100
 REPORT_EVERY, SAVE_EVERY = 20, 100
 
@@ -140,7 +140,7 @@ def train(steps: int, folder: Path) -> float:
       The validation loss at the end.
     """
     text, held_out = read_library()
-    validation = jnp.concatenate(list(itertools.islice(batches(held_out, seed=1), 4)))
+    validation = jnp.concatenate(list(itertools.islice(batches(held_out, seed=1), 8)))
 
     model = Transformer(nnx.Rngs(0))
     tx = apollo_mini(
@@ -179,7 +179,7 @@ def train(steps: int, folder: Path) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="updates in all")
+    parser.add_argument("--steps", type=int, default=400, help="updates in all")
     parser.add_argument("--folder", type=Path, default=Path("runs/minimal"), help="of checkpoints")
     train(**vars(parser.parse_args(arguments)))
 
