@@ -97,11 +97,11 @@ def stored_words(
     put in line.
     """
 
-    def call(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
+    def call(key: PRNGKeyArray, stream: ArrayLike) -> tuple[Array, Array]:
         with set_xla_metadata(inlineable="false"):
             return _words_in_line(key, stream, rows, columns)
 
-    def in_line(key: PRNGKeyArray, stream: Array) -> tuple[Array, Array]:
+    def in_line(key: PRNGKeyArray, stream: ArrayLike) -> tuple[Array, Array]:
         return random_words(key, stream, rows, columns)
 
     return jax.lax.platform_dependent(key, stream, cpu=call, default=in_line)
@@ -110,7 +110,7 @@ def stored_words(
 # Not within `stored_words`, where outside of `jax.jit` every call would compile it again.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _words_in_line(
-    key: PRNGKeyArray, stream: Array, rows: int, columns: int
+    key: PRNGKeyArray, stream: ArrayLike, rows: int, columns: int
 ) -> tuple[Array, Array]:
     with set_xla_metadata(inlineable=None):  # the call only, not what it calls
         return random_words(key, stream, rows, columns)

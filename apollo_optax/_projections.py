@@ -3,11 +3,11 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PRNGKeyArray
 
 from apollo_optax._generator import normal_of_words, stored_words
 from apollo_optax._matrices import MatrixAxes, matrices_of
@@ -18,6 +18,7 @@ _BITS_PER_WORD = 32
 _TOGETHER_BYTES = 1 << 24
 
 
+@runtime_checkable
 class Projection(Protocol):
     """Signature of a projection: a pure function of a leaf's key and the number of refreshes so
     far.
@@ -195,7 +196,7 @@ def refit_projections(
 
 def _keys_of_matrices(
     key: PRNGKeyArray, shapes: Mapping[Path, tuple[int, ...]], first: Int[ArrayLike, ""]
-) -> PRNGKeyArray:
+) -> Key[Array, " matrices"]:
     """A key for each matrix of each leaf, of the leaf's path and the matrix's batch index."""
     hashes, indices = [], []
     for path, (*batch, _, _) in shapes.items():

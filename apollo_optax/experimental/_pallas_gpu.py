@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from apollo_optax._matrices import MatrixAxes
 from apollo_optax.experimental._program import Program, Sizes, need_no_transpose, update_moments
@@ -24,10 +24,8 @@ TAKES = (
 )
 
 
-def fits(
-    G: Float[Array, "*leaf"], mu: Float[Array, "*moments"], rank: int, dim: int, axes: MatrixAxes
-) -> bool:
-    """Whether the kernel can take these: whole blocks, a small R, axes that need no transpose."""
+def fits(G: Any, mu: Any, rank: int, dim: int, axes: MatrixAxes) -> bool:
+    """Whether the kernel takes these arrays or shapes: whole blocks, a small R, no transpose."""
     return (
         need_no_transpose(G, mu, axes)
         and (rank == 1 or rank % _SIDE == 0)

@@ -10,9 +10,7 @@ from jaxtyping import Array, Float
 from apollo_optax._matrices import MatrixAxes, without_overflow
 
 
-def need_no_transpose(
-    G: Float[Array, "*leaf"], mu: Float[Array, "*moments"], axes: MatrixAxes
-) -> bool:
+def need_no_transpose(G: Any, mu: Any, axes: MatrixAxes) -> bool:
     """Whether the matrices are a leaf's last two axes, of dtypes that kernels read."""
     return (
         axes.batch == tuple(range(len(axes.batch)))
