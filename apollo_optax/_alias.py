@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 from apollo_optax._apollo import Granularity, Implementation, scale_by_apollo
 from apollo_optax._arguments import require_number
 from apollo_optax._matrices import WeightDimensionNumbers, axes_of_each_leaf
+from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import named_leaves
 from apollo_optax._projections import Projection
 
@@ -137,10 +138,12 @@ def _decay_and_learning_rate(
         return decayed, optax.scale_by_learning_rate(learning_rate)
 
     def labels(tree: PyTree) -> PyTree:
-        axes = axes_of_each_leaf(weight_dimension_numbers, tree)
+        axes = axes_of_each_leaf(weight_dimension_numbers, tree, quiet=True)
         named, treedef = named_leaves(tree)
         return treedef.unflatten("matrix" if axes.get(path) else "other" for path, _ in named)
 
+    if weight_dimension_numbers is None:
+        weight_dimension_numbers = default_dimension_numbers
     if of_others == (None, None):
         return chain(*of_matrices)
     others = [m if o is None else o for m, o in zip(of_matrices, of_others, strict=True)]

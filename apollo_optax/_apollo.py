@@ -1,6 +1,7 @@
 """The APOLLO update as an Optax gradient transformation."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -27,10 +28,11 @@ from apollo_optax._matrices import (
     low_rank_shape,
     project,
     projection_shape,
+    side,
     sum_of_squares_per_channel,
-    warn_of_unprojected_leaves,
     without_overflow,
 )
+from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
 from apollo_optax._placement import (
     matrices_placement,
@@ -51,6 +53,8 @@ from apollo_optax._projections import (
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
 # (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
+# A leaf or leaves of fewer weights take a few megabytes of state at most.
+_MANY_WEIGHTS = 1 << 20
 Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 
 
@@ -250,8 +254,9 @@ def scale_by_apollo(
       key: Seed or PRNG key of all projections. A matrix's own key is folded in from its path and
         batch index, so that other leaves do not matter to it.
       mu_dtype: Dtype the first moment is kept in.
-      weight_dimension_numbers: Which axes make a matrix: None (leaves with two axes are matrices;
-        one with more is trained with Adam and warned of), one `ApolloDimensionNumbers` for every
+      weight_dimension_numbers: Which axes make a matrix: None (by names, as in
+        `transformer_dimension_numbers`, and any other leaf with two axes is a matrix; one with more
+        is trained with Adam and warned of), one `ApolloDimensionNumbers` for every
         leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
         for leaves left to Adam, or a function of the parameters that returns one, such as
         `transformer_dimension_numbers`.
@@ -285,6 +290,8 @@ def scale_by_apollo(
       (8, 256)
     """
     projection = gaussian if projection is None else projection
+    if weight_dimension_numbers is None:
+        weight_dimension_numbers = default_dimension_numbers
     require_positive_integer("rank", rank)
     require_positive_integer("update_proj_gap", update_proj_gap)
     require_number("scale", scale, above=0)
@@ -318,15 +325,20 @@ def scale_by_apollo(
             stored = params if stores_projections else {}
             return ScaleByApolloState(count, key_array, params, params, params, stored)
         require_real_floating(named)
-        if weight_dimension_numbers is None:
-            warn_of_unprojected_leaves(params)
         axes = axes_of_each_leaf(weight_dimension_numbers, params)
+        _warn_of_whole_ranks(named, axes, rank)
         for path, leaf in named:
             if matrix := axes[path]:
                 shape = low_rank_shape(leaf.shape, matrix, rank)[len(matrix.batch) :]
                 _check_scaling_rule(granularity, shape, wide(leaf.dtype))
-                if not stores_projections:
-                    check_projection(projection, *projection_shape(leaf.shape, matrix, rank)[-2:])
+        if not stores_projections:
+            sizes = {
+                projection_shape(leaf.shape, matrix, rank)[-2:]
+                for path, leaf in named
+                if (matrix := axes[path])
+            }
+            for size in sorted(sizes):
+                check_projection(projection, *size)
         leaves = {path: _init_leaf(leaf, axes[path], rank, mu_dtype) for path, leaf in named}
         stored = {}
         if stores_projections:
@@ -348,7 +360,7 @@ def scale_by_apollo(
         t = optax.safe_increment(state.count)
         if not named:
             return updates, state._replace(count=t)
-        axes = axes_of_each_leaf(weight_dimension_numbers, updates)
+        axes = axes_of_each_leaf(weight_dimension_numbers, updates, quiet=True)
         shapes = {
             path: projection_shape(G.shape, matrix, rank)
             for path, G in named
@@ -378,6 +390,29 @@ def scale_by_apollo(
     tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
     # As an argument: injected hyperparameters are traced, and have types of their own.
     return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
+
+
+def _warn_of_whole_ranks(
+    named: list[tuple[Path, Any]], axes: dict[Path, MatrixAxes | None], rank: int
+) -> None:
+    """Warns once of matrices that are not projected, where they are large enough to matter."""
+    whole = [
+        (path, leaf)
+        for path, leaf in named
+        if (matrix := axes[path]) and rank >= side(leaf.shape, matrix.projected)
+    ]
+    size = sum(leaf.size for _, leaf in whole)
+    if size < _MANY_WEIGHTS:
+        return
+    path, leaf = max(whole, key=lambda item: item[1].size)
+    smaller = side(leaf.shape, axes[path].projected)  # type: ignore[union-attr]
+    warnings.warn(
+        f"rank={rank} is at least the smaller side of {len(whole)} leaves of {size:,} weights. They "
+        f"keep AdamW's state: {spell(path)} {tuple(leaf.shape)} is matrices whose smaller side is "
+        f"{smaller}. Take a smaller rank. If these are not its matrices, say which axes are with "
+        f"weight_dimension_numbers, for example by infer_dimension_numbers.",
+        stacklevel=4,
+    )
 
 
 def _init_leaf(leaf: Any, axes: MatrixAxes | None, rank: int, mu_dtype: Any) -> MatrixState:

@@ -81,10 +81,10 @@ def limit_norm_growth(
     """
     require_number("limit", limit, above=1)
 
-    def batch_axes_of(tree: PyTree) -> dict[Path, tuple[int, ...]]:
+    def batch_axes_of(tree: PyTree, *, quiet: bool) -> dict[Path, tuple[int, ...]]:
         if weight_dimension_numbers is None:
             return {path: () for path, _ in named_leaves(tree)[0]}
-        axes = axes_of_each_leaf(weight_dimension_numbers, tree)
+        axes = axes_of_each_leaf(weight_dimension_numbers, tree, quiet=quiet)
         return {path: matrix.batch for path, matrix in axes.items() if matrix}
 
     def init(params: PyTree) -> LimitNormGrowthState:
@@ -96,7 +96,7 @@ def limit_norm_growth(
         return LimitNormGrowthState(
             nest(
                 (path, jnp.zeros([leaves[path].shape[a] for a in axes], wide(leaves[path].dtype)))
-                for path, axes in batch_axes_of(params).items()
+                for path, axes in batch_axes_of(params, quiet=False).items()
             )
         )
 
@@ -115,7 +115,7 @@ def limit_norm_growth(
         named, treedef = named_arrays(updates)
         if not named:
             return updates, state
-        batch = batch_axes_of(updates)
+        batch = batch_axes_of(updates, quiet=True)
         limited, norms = [], []
         for path, u in named:
             if path in batch:

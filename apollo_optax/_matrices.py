@@ -107,12 +107,10 @@ def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: P
     if callable(weight_dimension_numbers) and jax.tree_util.all_leaves([weight_dimension_numbers]):
         weight_dimension_numbers = weight_dimension_numbers(tree)
     leaves, _ = named_arrays(tree)
-    if weight_dimension_numbers is None or is_dimension_numbers(weight_dimension_numbers):
-        spec = weight_dimension_numbers or ApolloDimensionNumbers()
-        most_axes = 2 if weight_dimension_numbers is None else math.inf
-        vectors = _stacked_vectors(leaves)
+    if is_dimension_numbers(weight_dimension_numbers):
+        spec, vectors = weight_dimension_numbers, stacked_vectors(leaves)
         return nest(
-            (path, spec if 2 <= leaf.ndim <= most_axes and path not in vectors else None)
+            (path, spec if leaf.ndim >= 2 and path not in vectors else None)
             for path, leaf in leaves
         )
     if hasattr(weight_dimension_numbers, "ndim"):
@@ -136,7 +134,7 @@ def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: P
     return nest((path, _longest_prefix(given, path)) for path, _ in leaves)
 
 
-def _stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
+def stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
     """Norms and biases of stacked layers, (layers, features): they look like matrices.
 
     They stand in a tree whose leaves all have the same first axis, some with two axes after it.
@@ -169,9 +167,15 @@ def _longest_prefix(specs: PyTree, path: Path) -> Any:
 
 
 def axes_of_each_leaf(
-    weight_dimension_numbers: WeightDimensionNumbers, tree: PyTree
+    weight_dimension_numbers: WeightDimensionNumbers, tree: PyTree, *, quiet: bool = False
 ) -> dict[Path, MatrixAxes | None]:
-    """Maps each leaf's path to its matrix axes, or to None where the leaf is not a matrix."""
+    """Maps each leaf's path to its matrix axes, or to None where the leaf is not a matrix.
+
+    What a function of the parameters warns of is heard once, when a state is made: `quiet` after.
+    """
+    if quiet:
+        with warnings.catch_warnings(action="ignore"):
+            return axes_of_each_leaf(weight_dimension_numbers, tree)
     specs = _spec_of_each_leaf(weight_dimension_numbers, tree)
     axes: dict[Path, MatrixAxes | None] = {}
     for path, leaf in named_arrays(tree)[0]:
@@ -179,23 +183,6 @@ def axes_of_each_leaf(
         is_matrix = spec is not None and math.prod(leaf.shape) > 0
         axes[path] = matrix_axes(spec, leaf.shape, path) if is_matrix else None
     return axes
-
-
-def warn_of_unprojected_leaves(tree: PyTree) -> None:
-    """Warns once of all leaves with more than two axes, on Adam for want of a specification."""
-    leaves = [(path, leaf) for path, leaf in named_arrays(tree)[0] if leaf.ndim > 2]
-    if not leaves:
-        return
-    moment_bytes = sum(2 * leaf.size * max(leaf.dtype.itemsize, 4) for _, leaf in leaves)
-    named = ", ".join(f"{spell(path)} {tuple(leaf.shape)}" for path, leaf in leaves[:3])
-    more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
-    warnings.warn(
-        f"{named}{more} have more than two axes and are trained with Adam, whose moments take "
-        f"{moment_bytes:,} bytes. To project them, pass weight_dimension_numbers, for example "
-        f"transformer_dimension_numbers or "
-        f"ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1).",
-        stacklevel=3,
-    )
 
 
 def side(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:

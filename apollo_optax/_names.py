@@ -1,50 +1,84 @@
-"""Finds the matrices of a transformer by the names that Flax gives its parameters."""
+"""Finds the matrices of a transformer by the names that libraries give its parameters."""
 
-from typing import Any
+import re
+import warnings
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
 
 from apollo_optax._arguments import require_tree_not_count
-from apollo_optax._matrices import ApolloDimensionNumbers
-from apollo_optax._paths import Path, named_leaves
+from apollo_optax._matrices import ApolloDimensionNumbers, stacked_vectors
+from apollo_optax._paths import Path, named_arrays, spell
 
-_DENSE_GENERAL = {
-    "query": ApolloDimensionNumbers(-3, (-2, -1)),
-    "key": ApolloDimensionNumbers(-3, (-2, -1)),
-    "value": ApolloDimensionNumbers(-3, (-2, -1)),
-    "out": ApolloDimensionNumbers((-3, -2), -1),
-}
 _DENSE = ApolloDimensionNumbers(-2, -1)
-_KERNELS = ("kernel", "wi", "wi_0", "wi_1", "wo")
-_EMBEDDINGS = (
-    "embed",
-    "embedding",
-    "embeddings",
-    "embed_tokens",
-    "token_embed",
-    "position_embed",
-    "wte",
-    "wpe",
+_INTO_HEADS = ApolloDimensionNumbers(-3, (-2, -1))  # (embed, heads, head_dim)
+_OUT_OF_HEADS = ApolloDimensionNumbers((-3, -2), -1)  # (heads, head_dim, embed)
+_HEADS_FIRST = ApolloDimensionNumbers(-2, (-3, -1))  # (heads, embed, head_dim)
+
+# Names of leaves, or of the module of a leaf called `w` or `kernel`.
+_KERNELS = {"kernel", "wi", "wi_0", "wi_1", "wo"}
+_PLAIN = {"w", "weight"}  # Haiku's and PyTorch's, Equinox's: matrices where they have two axes
+_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
+_EINSUMS = {
+    "q_einsum": _HEADS_FIRST,
+    "kv_einsum": _HEADS_FIRST,
+    "qkv_einsum": _HEADS_FIRST,
+    "attn_vec_einsum": _OUT_OF_HEADS,
+    "gating_einsum": _DENSE,
+    "linear": _DENSE,
+}
+_INTO = {"query", "key", "value", "q_proj", "k_proj", "v_proj"}
+_OUT = {"out", "o_proj"}
+# With more than two axes these do not tell which are which.
+_UNTOLD = re.compile(r"(w?q?kv|c_attn|patch)(_.*|$)|.*_output")
+_VOCABULARIES = re.compile(
+    r"(?!patch_).*embed(ding|dings|der|_tokens)?$|posembed.*|pos_embedding|wte|wpe|shared_embedding"
 )
-_HEADS = ("head", "lm_head", "logits", "logits_dense", "unembed", "unembedding", "classifier")
+_HEADS = re.compile(
+    r"(lm_|output_)?head|logits?(_?dense)?|unembed(ding)?|classifier|output_projection"
+)
+# Neither matrices nor vocabularies, whatever their axes.
+_ELEMENTWISE = re.compile(r"bias|b|scale|offset|gamma|beta|cls|.*norm\d*|conv.*|.*_bias|ln_.*")
+_LAYERS = re.compile(r"(.*_)?(layers|blocks)|h")
 
 
-def transformer_dimension_numbers(params: PyTree, *, project_embeddings: bool = False) -> PyTree:
-    """Finds the matrices of a transformer by the names Flax gives them.
+class _Named(NamedTuple):
+    """What a name says: a specification, None for Adam; or nothing."""
+
+    spec: ApolloDimensionNumbers | None
+    known: bool = True
+
+
+_UNKNOWN = _Named(None, known=False)
+
+
+def transformer_dimension_numbers(
+    params: PyTree, *, project_embeddings: bool = False, layers_axis: int | None = None
+) -> PyTree:
+    """Finds the matrices of a transformer by the names that libraries give its parameters.
+
+    Known are the names of Flax and its examples, Gemma's einsums, Tunix, MaxText and Hugging Face's
+    models in Flax; of Haiku, Equinox and PyTorch the weights with two axes:
 
     - `kernel` of Dense and of scanned or expert Dense, (..., in, out): the last two axes are the
       matrix, all others batch axes; likewise mixture-of-experts weights named `wi`, `wi_0`, `wi_1`,
-      `wo`.
+      `wo`, and `w` or `weight` with two axes.
     - `kernel` of DenseGeneral in attention: `query`, `key`, `value` (..., embed, heads, head_dim)
-      and `out` (..., heads, head_dim, embed). Three axes that do not fit together as attention
-      kernels (`out` against `query`) are taken for scanned Dense kernels of those names.
+      and `out` (..., heads, head_dim, embed), also as `q_proj` to `o_proj`. Three axes that do not
+      fit together as attention kernels (`out` against `query`) are taken for scanned Dense kernels
+      of those names.
     - Embeddings, output heads, convolutions, biases and norms are left to Adam, as in the paper.
+
+    A leaf of two and more axes whose name is not known is left to Adam, with a warning.
+    `infer_dimension_numbers` reads the axes off the model instead, whatever the names are.
 
     Args:
       params: Parameters, bare or boxed; arrays or ShapeDtypeStructs.
       project_embeddings: Project embedding tables (vocabulary, embed) and output heads too. Beyond
         the paper: no full-size moments are left in the optimizer state.
+      layers_axis: The axis of stacked layers, where it is not the first: 1 for MaxText's
+        `param_scan_axis=1`. It is a batch axis of the leaves under `layers`, `blocks` or `h`.
 
     Returns:
       A tree of `params`' structure with `ApolloDimensionNumbers`, or None for a leaf left to Adam.
@@ -60,34 +94,134 @@ def transformer_dimension_numbers(params: PyTree, *, project_embeddings: bool = 
       {'bias': None, 'kernel': ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1)}
     """
     require_tree_not_count("transformer_dimension_numbers", params)
-    named, treedef = named_leaves(params)
-    leaves = dict(named)
-    specs = [_transformer_spec(path, leaves, project_embeddings) for path in leaves]
-    return jax.tree.unflatten(treedef, specs)
+    named, treedef = named_arrays(params)
+    found = _by_name(dict(named), project_embeddings, layers_axis)
+    warn_of_adams_state(
+        [(path, leaf) for path, leaf in named if not found[path].known],
+        "names that are not known",
+    )
+    return jax.tree.unflatten(treedef, [found[path].spec for path, _ in named])
 
 
-def _transformer_spec(
-    path: Path, leaves: dict[Path, Any], project_embeddings: bool
-) -> ApolloDimensionNumbers | None:
-    leaf, name = leaves[path], path[-1] if path else ""
-    module = path[-2] if len(path) > 1 else ""
-    if leaf.ndim < 2:
-        return None
-    is_head = any(part in _HEADS for part in path) or path in (
+def default_dimension_numbers(params: PyTree) -> PyTree:
+    """What `weight_dimension_numbers=None` means: names, and any other leaf of two axes a matrix.
+
+    Stacked norms and biases are none. What has more than two axes and no known name is left to
+    Adam, with a warning.
+    """
+    named, treedef = named_arrays(params)
+    found = _by_name(dict(named), project_embeddings=False, layers_axis=None)
+    vectors = stacked_vectors(named)
+
+    def spec_of(path: Path, leaf: Any) -> ApolloDimensionNumbers | None:
+        if found[path].known or leaf.ndim != 2 or path in vectors:
+            return found[path].spec
+        return ApolloDimensionNumbers()
+
+    warn_of_adams_state(
+        [(path, leaf) for path, leaf in named if not found[path].known and leaf.ndim > 2],
+        "more than two axes and no known name",
+    )
+    return jax.tree.unflatten(treedef, [spec_of(path, leaf) for path, leaf in named])
+
+
+def warn_of_adams_state(leaves: list[tuple[Path, Any]], why: str) -> None:
+    """Warns once of all leaves on Adam for want of a specification."""
+    if not leaves:
+        return
+    moment_bytes = sum(2 * leaf.size * max(leaf.dtype.itemsize, 4) for _, leaf in leaves)
+    named = ", ".join(f"{spell(path)} {tuple(leaf.shape)}" for path, leaf in leaves[:3])
+    more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
+    warnings.warn(
+        f"{named}{more} have {why}: they are trained with Adam, whose moments take "
+        f"{moment_bytes:,} bytes. To project them, pass weight_dimension_numbers=infer_dimension_numbers(forward, params, "
+        f"*inputs), which reads the axes off the model, dimension_numbers_from_rules, or "
+        f"ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1) for stacks of (in, out); an "
+        f"entry of None says that Adam is meant.",
+        stacklevel=4,
+    )
+
+
+def _by_name(
+    leaves: dict[Path, Any], project_embeddings: bool, layers_axis: int | None
+) -> dict[Path, _Named]:
+    words = {path: _words(path) for path in leaves}
+    shapes = {words[path]: tuple(leaf.shape) for path, leaf in leaves.items()}
+    found = {}
+    for path, names in words.items():
+        shape = shapes[names]
+        if layers_axis is None or not any(_LAYERS.fullmatch(name) for name in names[:-1]):
+            found[path] = _named(names, shape, shapes, project_embeddings)
+            continue
+        axis = layers_axis % max(len(shape), 1)
+        without = {n: s[:axis] + s[axis + 1 :] for n, s in shapes.items()}
+        one = _named(names, without[names], without, project_embeddings)
+        found[path] = one._replace(spec=one.spec and _with_axis(one.spec, axis, len(shape)))
+    return found
+
+
+def _words(path: Path) -> Path:
+    """The names of a path, apart where a library joined them: `blocks/mlp/kernel`."""
+    return tuple(word for name in path for word in re.split(r"[/.]", name) if word)
+
+
+def _with_axis(spec: ApolloDimensionNumbers, axis: int, ndim: int) -> ApolloDimensionNumbers:
+    """The specification of a leaf without an axis, for the leaf with it."""
+
+    def moved(axes: Any) -> tuple[int, ...]:
+        each = (a % (ndim - 1) for a in (axes if isinstance(axes, tuple) else (axes,)))
+        return tuple(a + (a >= axis) for a in each)
+
+    return ApolloDimensionNumbers(moved(spec.reduction_axis), moved(spec.output_axis))
+
+
+def _named(
+    names: Path, shape: tuple[int, ...], shapes: dict[Path, tuple[int, ...]], vocabulary: bool
+) -> _Named:
+    name = names[-1] if names else ""
+    module = names[-2] if len(names) > 1 else ""
+    axes = len(shape)
+    if axes < 2 or _ELEMENTWISE.fullmatch(name) or _ELEMENTWISE.fullmatch(module.lower()):
+        return _Named(None)
+    is_head = any(_HEADS.fullmatch(part) for part in names) or names in (
         ("output", "kernel"),
         ("params", "output", "kernel"),
     )
-    if is_head or name == "embedding" or any(part in _EMBEDDINGS for part in path[:-1]):
-        return _DENSE if project_embeddings and name in ("embedding", "kernel") else None
-    if name not in _KERNELS or module.lower().startswith("conv"):
-        return None
-    if module in _DENSE_GENERAL and leaf.ndim > 2 and _is_dense_general(path[:-2], leaves):
-        return _DENSE_GENERAL[module]
-    return _DENSE
+    if is_head or any(_VOCABULARIES.fullmatch(part) for part in names):
+        return _Named(_DENSE if vocabulary and axes == 2 else None)
+    if name in _EINSUMS or (module in _EINSUMS and name == "w"):
+        spec = _EINSUMS[name if name in _EINSUMS else module]
+        return _Named(spec) if axes > 2 or spec is _DENSE else _UNKNOWN
+    if name in _PLAIN:
+        if axes == 2:
+            return _Named(_DENSE)
+        name = "kernel" if module in _INTO | _OUT else name
+    if name in _EXPERTS and axes == 3:
+        return _Named(_DENSE)
+    if name not in _KERNELS or (axes > 2 and _UNTOLD.match(module)):
+        return _UNKNOWN
+    if axes > 2 and (module in _INTO or module in _OUT):
+        of_heads = _fits_heads(names, shapes)
+        if of_heads is None:
+            return _UNKNOWN
+        if of_heads:
+            return _Named(_INTO_HEADS if module in _INTO else _OUT_OF_HEADS)
+    return _Named(_DENSE)
 
 
-def _is_dense_general(attention: Path, leaves: dict[Path, Any]) -> bool:
-    query, out = (leaves.get((*attention, name, "kernel")) for name in ("query", "out"))
-    if query is None or out is None or query.ndim < 3 or out.ndim < 3:
+def _fits_heads(names: Path, shapes: dict[Path, tuple[int, ...]]) -> bool | None:
+    """Whether attention kernels have axes of heads: `out` has those of the query or value.
+
+    None if they fit neither as heads nor as stacked (in, out).
+    """
+    attention, leaf = names[:-2], names[-1]
+    siblings = {module: shapes.get((*attention, module, leaf)) for module in sorted(_INTO | _OUT)}
+    into = siblings["query"] or siblings["q_proj"]
+    value = siblings["value"] or siblings["v_proj"] or into
+    out = siblings["out"] or siblings["o_proj"]
+    if into is None or out is None or len(into) < 3 or len(out) < 3:
+        return True if names[-2] in ("query", "key", "value", "out") else None
+    if into[-2:] == out[-3:-1] or (value and value[-2:] == out[-3:-1]):
         return True
-    return query.shape[-2:] == out.shape[-3:-1]
+    is_stack = len(into) == len(out) == 3 and into[0] == out[0]
+    return False if is_stack else None

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from apollo_optax._apollo import scale_by_apollo
 from apollo_optax._matrices import MatrixAxes, axes_of_each_leaf, matrix_axes
+from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax.dimension_numbers._infer import (
     ELEMENTWISE,
@@ -163,7 +164,8 @@ def describe(
     named = [(path, leaf) for path, leaf in named_leaves(params)[0] if _is_array(leaf)]
     axes: dict[Path, MatrixAxes | None] = {}
     if not is_optimizer:
-        axes = axes_of_each_leaf(optimizer, arrays)
+        optimizer = default_dimension_numbers if optimizer is None else optimizer
+        axes = axes_of_each_leaf(optimizer, arrays, quiet=True)
         optimizer = scale_by_apollo(rank or 1, weight_dimension_numbers=optimizer)
     kinds: dict[Path, tuple[str, str, str]] = {
         path: (MATRIX if of_leaf else "", _axes(of_leaf), "") for path, of_leaf in axes.items()

@@ -1,0 +1,166 @@
+"""Which leaves are matrices by the names that libraries give them."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from apollo_optax import ApolloDimensionNumbers, apollo, transformer_dimension_numbers
+from apollo_optax._matrices import matrix_axes
+from apollo_optax._names import default_dimension_numbers
+from apollo_optax._paths import lookup, named_leaves
+
+
+def tree(**shapes):
+    """Nested dictionaries from `a__b__kernel=(4, 8)`."""
+    made: dict = {}
+    for name, shape in shapes.items():
+        *path, last = name.split("__")
+        node = made
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return made
+
+
+# Shape, reduction axes and output axes of every leaf; None for Adam.
+MODELS: dict[str, dict[str, Any]] = {
+    "flax": {
+        "attn__query__kernel": ((64, 4, 16), (0,), (1, 2)),
+        "attn__out__kernel": ((4, 16, 64), (0, 1), (2,)),
+        "attn__query__bias": ((4, 16), None, None),
+        "embed__embedding": ((100, 64), None, None),
+    },
+    "gemma": {
+        "layer_0__attn__q_einsum__w": ((4, 64, 16), (1,), (0, 2)),
+        "layer_0__attn__kv_einsum__w": ((2, 2, 64, 16), (2,), (1, 3)),
+        "layer_0__attn__attn_vec_einsum__w": ((4, 16, 64), (0, 1), (2,)),
+        "layer_0__mlp__gating_einsum": ((2, 64, 128), (1,), (2,)),
+        "layer_0__mlp__linear": ((128, 64), (0,), (1,)),
+        "layer_0__pre_attention_norm__scale": ((64,), None, None),
+        "embedder__input_embedding": ((100, 64), None, None),
+    },
+    "gemma, joint": {
+        "attn__qkv_einsum__w": ((3, 4, 64, 16), (2,), (1, 3)),
+        "attn__attn_vec_einsum__w": ((4, 16, 64), (0, 1), (2,)),
+    },
+    "tunix": {
+        "attn__q_proj__w": ((64, 4, 16), (0,), (1, 2)),
+        "attn__k_proj__w": ((64, 2, 16), (0,), (1, 2)),
+        "attn__v_proj__w": ((64, 2, 16), (0,), (1, 2)),
+        "attn__o_proj__w": ((4, 16, 64), (0, 1), (2,)),
+        "mlp__gate_proj__kernel": ((64, 128), (0,), (1,)),
+        "lm_head__w": ((64, 100), None, None),
+    },
+    "mixture": {
+        "mlp__experts__gate_proj": ((8, 64, 128), (1,), (2,)),
+        "mlp__router__kernel": ((64, 8), (0,), (1,)),
+    },
+    "hugging face": {
+        "layers__self_attn__q_proj__kernel": ((3, 64, 64), (1,), (2,)),
+        "layers__self_attn__o_proj__kernel": ((3, 64, 64), (1,), (2,)),
+        "embed_tokens__embedding": ((100, 64), None, None),
+        "lm_head__kernel": ((64, 100), None, None),
+    },
+    "multi-head latent attention": {
+        "attn__query__kernel": ((64, 4, 24), (0,), (1, 2)),
+        "attn__value__kernel": ((64, 4, 16), (0,), (1, 2)),
+        "attn__out__kernel": ((4, 16, 64), (0, 1), (2,)),
+    },
+    "lm1b": {
+        "decoder__logitdense__kernel": ((64, 100), None, None),
+        "decoder__posembed_output__pos_embedding": ((1, 32, 64), None, None),
+        "decoder__shared_embedding__embedding": ((100, 64), None, None),
+    },
+    "haiku": {"mlp/linear__w": ((64, 128), (0,), (1,)), "mlp/linear__b": ((128,), None, None)},
+    "equinox": {"mlp__weight": ((128, 64), (0,), (1,)), "embedding__weight": ((9, 64), None, None)},
+    "flattened": {"blocks/mlp/kernel": ((64, 128), (0,), (1,))},
+    "dots": {"blocks.0.mlp.wi.kernel": ((64, 128), (0,), (1,))},
+    "convolutions": {
+        "conv_1__kernel": ((3, 3, 4, 8), None, None),
+        "embedding__kernel": ((4, 4, 3, 64), None, None),
+    },
+}
+
+
+def sides(params, specs):
+    found = {}
+    for path, leaf in named_leaves(params)[0]:
+        spec = lookup(specs, path)
+        axes = spec and matrix_axes(spec, leaf.shape, path)
+        found["__".join(path)] = axes and (axes.batch, {axes.projected, axes.channel})
+    return found
+
+
+@pytest.mark.parametrize("function", [transformer_dimension_numbers, default_dimension_numbers])
+@pytest.mark.parametrize("model", MODELS)
+def test_names_of_libraries_are_known(function, model):
+    leaves = MODELS[model]
+    params = tree(**{name: shape for name, (shape, *_) in leaves.items()})
+    with warnings.catch_warnings(action="error"):
+        found = sides(params, function(params))
+    for name, (shape, reduction, output) in leaves.items():
+        if reduction is None:
+            assert found[name] is None, name
+            continue
+        batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
+        assert found[name] == (batch, {reduction, output}), name
+
+
+def test_layers_may_be_on_another_axis():
+    params = tree(
+        layers__mlp__wi_0__kernel=(64, 12, 128),
+        layers__attn__query__kernel=(64, 12, 4, 16),
+        layers__attn__out__kernel=(4, 12, 16, 64),
+        layers__norm__scale=(64, 12),
+        mlp__kernel=(64, 128),
+    )
+    found = sides(params, transformer_dimension_numbers(params, layers_axis=1))
+    assert found == {
+        "layers__mlp__wi_0__kernel": ((1,), {(0,), (2,)}),
+        "layers__attn__query__kernel": ((1,), {(0,), (2, 3)}),
+        "layers__attn__out__kernel": ((1,), {(0, 2), (3,)}),
+        "layers__norm__scale": None,
+        "mlp__kernel": ((), {(0,), (1,)}),
+    }
+
+
+UNKNOWN = {
+    "heads of another name": tree(attention__qkv__kernel=(64, 3, 4, 16)),
+    "patches": tree(patch_embeddings__kernel=(4, 4, 3, 64)),
+    "layers on the second axis": tree(
+        attn__q_proj__kernel=(64, 12, 4), attn__o_proj__kernel=(4, 12, 64)
+    ),
+    "a table": tree(table=(100, 64)),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_no_name_tells_is_said_once_and_left_to_adam(name):
+    params = UNKNOWN[name]
+    tx = apollo(0.01, 4, weight_dimension_numbers=transformer_dimension_numbers)
+    with pytest.warns(UserWarning, match=r"have names that are not known.*bytes.*infer_dimension"):
+        state = jax.eval_shape(tx.init, params)
+    shapes = jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, state[0].mu) == shapes
+    with warnings.catch_warnings(action="error"):
+        jax.eval_shape(tx.update, params, state, params)
+
+
+def test_by_default_leaves_of_two_axes_and_no_known_name_are_matrices():
+    params = tree(table=(100, 64), head__kernel=(64, 100), embed__embedding=(100, 64))
+    specs = default_dimension_numbers(params)
+    assert specs["table"] == ApolloDimensionNumbers()
+    assert specs["head"]["kernel"] is specs["embed"]["embedding"] is None
+
+
+def test_a_rank_that_saves_nothing_is_said():
+    wide = ApolloDimensionNumbers(-2, -1)
+    params = tree(query=(512, 16, 192))
+    tx = apollo(0.01, 256, weight_dimension_numbers=wide)
+    with pytest.warns(UserWarning, match=r"rank=256 .* 1,572,864 weights.*smaller side is 16"):
+        jax.eval_shape(tx.init, params)
+    with warnings.catch_warnings(action="error"):
+        jax.eval_shape(apollo(0.01, 8, weight_dimension_numbers=wide).init, params)
