@@ -14,8 +14,8 @@ from apollo_optax._arguments import require_callable
 from apollo_optax._matrices import ApolloDimensionNumbers
 from apollo_optax._names import transformer_dimension_numbers
 from apollo_optax._paths import Path, lookup, named_leaves, nest, spell
-from apollo_optax.dimension_numbers import _trace
-from apollo_optax.dimension_numbers._trace import BATCH, OUTPUT, REDUCTION, Facts, Value
+from apollo_optax.dimension_numbers import _trace, _values
+from apollo_optax.dimension_numbers._values import BATCH, OUTPUT, REDUCTION, Facts, Value
 
 MATRIX, VOCABULARY, ELEMENTWISE, UNKNOWN = "matrix", "vocabulary", "elementwise", "unknown"
 
@@ -140,7 +140,7 @@ def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> lis
     count = len(jax.tree.leaves(params))
     shapes = [tuple(leaf.shape) if a else () for leaf, a in zip(leaves, is_array, strict=True)]
     values = [
-        _trace.parameter(index, shapes[index]) if index < count else Value(data=True)
+        _values.parameter(index, shapes[index]) if index < count else Value(data=True)
         for index, leaf in enumerate(leaves)
         if is_array[index]
     ]

@@ -9,119 +9,42 @@ and returns those of its results. `_RULES`, at the end, has all of them.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-REDUCTION, OUTPUT, BATCH = "reduction", "output", "batch"
-Roles = tuple[frozenset[str], ...]
-"""What a product does with each axis of a parameter; more than one role if the axis is split."""
-
-
-class Factor(NamedTuple):
-    """A part of an axis: the axes of the parameter that run along it, none if it has no such."""
-
-    axes: tuple[int, ...]
-    size: int
-
-
-class View(NamedTuple):
-    """A parameter in an array: the factors of every axis of the array, from major to minor.
-
-    Attributes:
-      axes: The factors of each axis.
-      batch: Axes of the parameter that are gone: scanned over, indexed or looked up.
-    """
-
-    axes: tuple[tuple[Factor, ...], ...]
-    batch: frozenset[int] = frozenset()
-
-
-# How an array can contain a parameter, or be marked.
-IS = "is"  # the parameter itself; nothing of the inputs is in it
-LOOKED_UP = "looked up"  # its rows, chosen by the inputs
-PRODUCT = "product"  # a product with it; the axes are those of the product's outputs
-SPREAD, ONE_HOT = ("spread", -1), ("one hot", -1)  # marks: constant, or one-hot, along the axis
-
-
-class Value(NamedTuple):
-    """What is known of an array.
-
-    Attributes:
-      views: From (kind, index of the parameter), or a mark, to the view.
-      data: Whether inputs are in it.
-      last: The parameters of whose products it is made, with no other product in between.
-    """
-
-    views: Mapping[tuple[str, int], View] = {}
-    data: bool = False
-    last: frozenset[int] = frozenset()
-
-    def of(self, kind: str) -> dict[int, View]:
-        """The views of a kind, by parameter."""
-        return {leaf: view for (of, leaf), view in self.views.items() if of == kind}
-
-
-@dataclass
-class Facts:
-    """What the interpretation has found out about the parameters, by their index.
-
-    Attributes:
-      shapes: Of the parameters.
-      constant: The value of constants.
-      uses: The roles of a parameter's axes in its products, and what kind of product said so.
-      looked_up: The axes along which the inputs choose rows of a parameter.
-      selected: Parameters of which the inputs choose matrices, to be multiplied.
-      apart: Axes that are taken apart, or are a batch axis, behind a product.
-      followed: Parameters with another parameter's product behind theirs.
-      sums: The `last` of both terms of every sum.
-      entrywise: Parameters that are added or multiplied entry by entry.
-      lost: Why a parameter could not be followed further.
-    """
-
-    shapes: Sequence[tuple[int, ...]]
-    constant: Value = field(default_factory=Value)
-    uses: dict[int, dict[Roles, str]] = field(default_factory=dict)
-    looked_up: dict[int, set[int]] = field(default_factory=dict)
-    selected: set[int] = field(default_factory=set)
-    apart: dict[int, set[int]] = field(default_factory=dict)
-    followed: set[int] = field(default_factory=set)
-    sums: set[tuple[frozenset[int], frozenset[int]]] = field(default_factory=set)
-    entrywise: set[int] = field(default_factory=set)
-    lost: dict[int, str] = field(default_factory=dict)
-
-    def use(self, leaf: int, view: View, roles: Sequence[str], what: str) -> None:
-        """Notes a product that gives the axes of a view these roles."""
-        of_axis: list[set[str]] = [set() for _ in self.shapes[leaf]]
-        for factors, role in zip(view.axes, roles, strict=True):
-            for axis in _axes_of(factors):
-                of_axis[axis].add(role)
-        for axis in view.batch:
-            of_axis[axis].add(BATCH)
-        # Axes of size one may have been dropped on the way.
-        found = tuple(frozenset(roles or {BATCH}) for roles in of_axis)
-        self.uses.setdefault(leaf, {}).setdefault(found, what)
-
-    def take_apart(self, value: Value, axis: int, size: int = 1) -> None:
-        """Notes that parts of this size of an axis of a product go separate ways."""
-        for leaf, view in value.of(PRODUCT).items():
-            for factor in _indexed(view.axes[axis], size):
-                of_leaf = factor.axes[0] if len(factor.axes) == 1 else None
-                if of_leaf is not None and factor.size == self.shapes[leaf][of_leaf]:
-                    self.apart.setdefault(leaf, set()).add(of_leaf)
-
-    def lose(self, value: Value, why: str) -> None:
-        """Notes that the parameters in a value cannot be followed."""
-        for kind in (IS, LOOKED_UP):
-            for leaf in value.of(kind):
-                self.lost.setdefault(leaf, why)
-
-
-def parameter(leaf: int, shape: tuple[int, ...]) -> Value:
-    """The value of a parameter."""
-    return Value({(IS, leaf): View(tuple((Factor((a,), n),) for a, n in enumerate(shape)))})
+from apollo_optax.dimension_numbers._values import (
+    BATCH,
+    IS,
+    LOOKED_UP,
+    ONE_HOT,
+    OUTPUT,
+    PRODUCT,
+    REDUCTION,
+    SPREAD,
+    Factor,
+    Facts,
+    Value,
+    View,
+    axes_of,
+    broadcast,
+    cut,
+    either,
+    inserted,
+    is_mapped,
+    map_views,
+    mark,
+    merged_views,
+    mixture,
+    plain,
+    regrouped,
+    resized,
+    shape_of,
+    sized_as,
+    spread_axes,
+    without,
+)
 
 
 def interpret(facts: Facts, jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value]:
@@ -139,187 +62,13 @@ def interpret(facts: Facts, jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value
     return [value_of(atom) for atom in jaxpr.outvars]
 
 
-# Views: what a change of shape does to them.
-
-
-def _axes_of(factors: Iterable[Factor]) -> set[int]:
-    return {axis for factor in factors for axis in factor.axes}
-
-
-def _is_mapped(factors: Iterable[Factor]) -> bool:
-    return any(factor.axes for factor in factors)
-
-
-def _plain(size: int) -> tuple[Factor, ...]:
-    """The factors of an axis that is of no parameter."""
-    return (Factor((), size),)
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-    return tuple(getattr(atom.aval, "shape", ()))
-
-
-def _indexed(factors: Iterable[Factor], size: int) -> list[Factor]:
-    """The major factors of which a part of this size has one index each."""
-    large = [factor for factor in factors if factor.size > 1]
-    for count in range(1, len(large) + 1):
-        if math.prod(factor.size for factor in large[count:]) == size:
-            return large[:count]
-    return []
-
-
-def _resized(factors: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
-    """The factors of an axis of which a part is taken, or to which something is added."""
-    if math.prod(factor.size for factor in factors) == size:
-        return factors
-    return (Factor(tuple(sorted(_axes_of(factors))), size),)
-
-
-def _regrouped(
-    axes: Iterable[tuple[Factor, ...]], shape: tuple[int, ...]
-) -> tuple[tuple[Factor, ...], ...] | None:
-    """The factors of each axis after a reshape, None where it cuts across them."""
-    factors = [factor for axis in axes for factor in axis if factor.size > 1][::-1]
-    regrouped = []
-    for size in shape:
-        group = []
-        while size > 1 and factors:
-            factor = factors.pop()
-            major = math.gcd(factor.size, size)
-            if major not in (factor.size, size):
-                return None
-            group.append(Factor(factor.axes, major))
-            if factor.size > major:
-                factors.append(Factor(factor.axes, factor.size // major))
-            size //= major
-        regrouped.append(tuple(group))
-    return tuple(regrouped)
-
-
-def _mapped_views(value: Value, change: Callable[[View], View | None]) -> Value:
-    """The value after a change of shape; views that it makes None are left out."""
-    changed = ((key, change(view)) for key, view in value.views.items())
-    return value._replace(views={key: view for key, view in changed if view is not None})
-
-
-def _without(value: Value, axes: Iterable[int]) -> Value:
-    """Removes axes; those of a parameter in them are batch axes: one index after the other."""
-    gone = set(axes)
-
-    def change(view: View) -> View:
-        batch = view.batch.union(*(_axes_of(view.axes[axis]) for axis in gone))
-        kept = tuple(factors for axis, factors in enumerate(view.axes) if axis not in gone)
-        return View(kept, batch)
-
-    return _mapped_views(value, change) if value.views else value
-
-
-def _inserted(value: Value, axis: int, size: int) -> Value:
-    return _mapped_views(
-        value, lambda v: v._replace(axes=(*v.axes[:axis], _plain(size), *v.axes[axis:]))
-    )
-
-
-def _sized_as(value: Value, atom: Any) -> Value:
-    """The same axes in the sizes of the variable that holds the value."""
-    return _mapped_views(
-        value, lambda v: v._replace(axes=tuple(map(_resized, v.axes, _shape(atom))))
-    )
-
-
-def _cut(facts: Facts, value: Value, array: Any, part: Any) -> Value:
-    """A part of an array, or an array that was added to: same axes, other sizes."""
-    sizes = list(zip(_shape(array), _shape(part), strict=True))
-    for axis, (before, after) in enumerate(sizes):
-        if after < before:
-            facts.take_apart(value, axis, after)
-
-    def change(view: View) -> View:
-        axes, batch = [], set(view.batch)
-        for factors, (before, after) in zip(view.axes, sizes, strict=True):
-            if 1 < after < before:
-                indexed = _indexed(factors, after)
-                batch |= _axes_of(indexed)
-                factors = tuple(factor for factor in factors if factor not in indexed)
-            axes.append(_resized(factors, after))
-        return View(tuple(axes), frozenset(batch))
-
-    return _mapped_views(value, change) if value.views else value
-
-
-def _spread(value: Value, shape: tuple[int, ...]) -> set[int]:
-    """Axes along which all entries are the same."""
-    mark = value.views.get(SPREAD)
-    return {
-        axis
-        for axis, size in enumerate(shape)
-        if size == 1 or (mark is not None and all(factor.axes for factor in mark.axes[axis]))
-    }
-
-
-def _mark(shape: tuple[int, ...], axes: set[int]) -> View:
-    return View(tuple((Factor((0,) * (a in axes), n),) for a, n in enumerate(shape)))
-
-
-def _broadcast(
-    value: Value, old: tuple[int, ...], new: tuple[int, ...], onto: Sequence[int]
-) -> Value:
-    """Axis i of `old` becomes axis `onto[i]` of `new`; the array is the same along all others."""
-    if old == new:
-        return value
-    source = {to: axis for axis, to in enumerate(onto) if old[axis] == new[to]}
-
-    def change(view: View) -> View:
-        axes = (view.axes[source[a]] if a in source else _plain(n) for a, n in enumerate(new))
-        return view._replace(axes=tuple(axes))
-
-    spread = _spread(value, old)
-    spread = {axis for axis in range(len(new)) if source.get(axis) in (None, *spread)}
-    moved = _mapped_views(value, change)
-    return moved._replace(views={**moved.views, SPREAD: _mark(new, spread)})
-
-
-def _merged(facts: Facts, views: Iterable[dict[int, View]], kind: str) -> dict[Any, View]:
-    """The views of several values in one; a parameter that they see differently is left out."""
-    merged: dict[int, View] = {}
-    torn: set[int] = set()
-    for of_value in views:
-        for leaf, view in of_value.items():
-            if merged.setdefault(leaf, view) != view:
-                torn.add(leaf)
-                if kind == IS:
-                    facts.lost.setdefault(leaf, "it is combined with itself in another shape")
-    return {(kind, leaf): view for leaf, view in merged.items() if leaf not in torn}
-
-
-def _together(values: Iterable[Value]) -> Value:
-    """All that went into an array, without views."""
-    values = list(values)
-    return Value(
-        data=any(value.data for value in values),
-        last=frozenset().union(*(value.last for value in values)),
-    )
-
-
-def _either(facts: Facts, values: Sequence[Value]) -> Value:
-    """The value of an array that is one of several: the branches of a condition."""
-    together = _together(values)
-    if together.data:
-        facts.entrywise.update(leaf for value in values for leaf in value.of(IS))
-    kinds = (LOOKED_UP, PRODUCT) if together.data else (IS, LOOKED_UP, PRODUCT)
-    views: dict[Any, View] = {}
-    for kind in kinds:
-        views |= _merged(facts, (value.of(kind) for value in values), kind)
-    return together._replace(views=views)
-
-
 # Rules of primitives.
 
 
 def _opaque(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     for value in values:
         facts.lose(value, f"{eqn.primitive.name!r} takes it, which cannot be looked into")
-    return [_together(values)] * len(eqn.outvars)
+    return [mixture(values)] * len(eqn.outvars)
 
 
 def _noise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
@@ -327,25 +76,25 @@ def _noise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _elementwise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
+    name, shape = eqn.primitive.name, shape_of(eqn.outvars[0])
     values = [
-        _broadcast(value, _shape(atom), shape, range(len(_shape(atom))))
+        broadcast(value, shape_of(atom), shape, range(len(shape_of(atom))))
         for value, atom in zip(values, eqn.invars, strict=True)
     ]
     if name in ("add", "sub") and shape and all(value.last for value in values):
         facts.sums.add((values[0].last, values[1].last))
-    spread = [_spread(value, shape) for value in values]
+    spread = [spread_axes(value, shape) for value in values]
     varying = [v for v, s in zip(values, spread, strict=True) if v.data and len(s) < len(shape)]
-    result = _together(values)
+    result = mixture(values)
     terms = values[1:] if name == "select_n" else values
     views: dict[Any, View] = {}
     if not varying and any(value.of(IS) for value in terms):
         # A scale that comes with the inputs does not make a weight an activation.
         result = result._replace(data=False)
-        views |= _fullest(_merged(facts, (value.of(IS) for value in terms), IS))
+        views |= _fullest(merged_views(facts, (value.of(IS) for value in terms), IS))
     if all(value.of(LOOKED_UP) for value in varying):
-        views |= _fullest(_merged(facts, (value.of(LOOKED_UP) for value in terms), LOOKED_UP))
-    views |= _merged(facts, (value.of(PRODUCT) for value in terms), PRODUCT)
+        views |= _fullest(merged_views(facts, (value.of(LOOKED_UP) for value in terms), LOOKED_UP))
+    views |= merged_views(facts, (value.of(PRODUCT) for value in terms), PRODUCT)
     if name == "eq":
         one_hot = {
             axis
@@ -354,11 +103,11 @@ def _elementwise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
             if values[a].data and not values[b].data
         }
         if one_hot:
-            views[ONE_HOT] = _mark(shape, one_hot)
+            views[ONE_HOT] = mark(shape, one_hot)
     elif name in ("convert_element_type", "mul", "and", "copy"):
         views.update(item for v in values for item in v.views.items() if item[0] == ONE_HOT)
     if common := set.intersection(*spread):
-        views[SPREAD] = _mark(shape, common)
+        views[SPREAD] = mark(shape, common)
     for value in terms:
         facts.entrywise.update(leaf for leaf in value.of(IS) if (IS, leaf) not in views)
     return [result._replace(views=views)]
@@ -366,61 +115,59 @@ def _elementwise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
 
 def _fullest(views: dict[Any, View]) -> dict[Any, View]:
     """The parameters with most of the array's axes: a weight, and not what scales it."""
-    axes = {key: sum(map(_is_mapped, view.axes)) for key, view in views.items()}
+    axes = {key: sum(map(is_mapped, view.axes)) for key, view in views.items()}
     return {key: view for key, view in views.items() if axes[key] == max(axes.values())}
 
 
 def _same_axes(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    if len(_shape(eqn.invars[0])) != len(_shape(eqn.outvars[0])):  # devices as a new axis
+    if len(shape_of(eqn.invars[0])) != len(shape_of(eqn.outvars[0])):  # devices as a new axis
         return _opaque(facts, eqn, values)
     return [
-        _cut(facts, value, before, after)
+        cut(facts, value, before, after)
         for value, before, after in zip(values, eqn.invars, eqn.outvars, strict=False)
     ]
 
 
 def _transpose(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     order = eqn.params["permutation"]
-    return [
-        _mapped_views(values[0], lambda v: v._replace(axes=tuple(v.axes[axis] for axis in order)))
-    ]
+    return [map_views(values[0], lambda v: v._replace(axes=tuple(v.axes[axis] for axis in order)))]
 
 
 def _broadcast_in_dim(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    return [_broadcast(values[0], old, new, eqn.params["broadcast_dimensions"])]
+    old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    return [broadcast(values[0], old, new, eqn.params["broadcast_dimensions"])]
 
 
 def _tile(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     def repeated(factors: tuple[Factor, ...], times: int) -> tuple[Factor, ...]:
-        return factors if times == 1 else _plain(times) + factors
+        return factors if times == 1 else plain(times) + factors
 
     reps = eqn.params["reps"]
-    return [_mapped_views(values[0], lambda v: v._replace(axes=tuple(map(repeated, v.axes, reps))))]
+    return [map_views(values[0], lambda v: v._replace(axes=tuple(map(repeated, v.axes, reps))))]
 
 
 def _reshape(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     (value,) = values[:1]
 
     def change(view: View) -> View | None:
-        axes = _regrouped(view.axes, _shape(eqn.outvars[0]))
+        axes = regrouped(view.axes, shape_of(eqn.outvars[0]))
         ones = [factor for factors in view.axes for factor in factors if factor.size == 1]
-        return None if axes is None else View(axes, view.batch | _axes_of(ones))
+        return None if axes is None else View(axes, view.batch | axes_of(ones))
 
-    reshaped = _mapped_views(value, change)
+    reshaped = map_views(value, change)
     if len(reshaped.of(IS)) < len(value.of(IS)):
         facts.lose(value, "a reshape cuts across its axes")
     return [reshaped]
 
 
 def _squeeze(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    return [_without(values[0], eqn.params["dimensions"])]
+    return [without(values[0], eqn.params["dimensions"])]
 
 
 def _reduce(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     reduced = eqn.params["axes"]
-    result = _without(values[0], reduced)
-    if any(_is_mapped(view.axes[axis]) for view in values[0].of(IS).values() for axis in reduced):
+    result = without(values[0], reduced)
+    if any(is_mapped(view.axes[axis]) for view in values[0].of(IS).values() for axis in reduced):
         # Its norm or its mean is no longer the parameter.
         facts.lose(values[0], f"it is only summed up ({eqn.primitive.name})")
         views = {key: view for key, view in result.views.items() if key[0] != IS}
@@ -429,34 +176,34 @@ def _reduce(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _split(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    return [_cut(facts, values[0], eqn.invars[0], part) for part in eqn.outvars]
+    return [cut(facts, values[0], eqn.invars[0], part) for part in eqn.outvars]
 
 
 def _unstack(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     axis = eqn.params["axis"]
     facts.take_apart(values[0], axis)
-    return [_without(values[0], [axis])] * len(eqn.outvars)
+    return [without(values[0], [axis])] * len(eqn.outvars)
 
 
 def _concatenate(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    shape = _shape(eqn.outvars[0])
+    shape = shape_of(eqn.outvars[0])
     if eqn.primitive.name == "stack":
         values = [
-            _inserted(value, eqn.params["axis"], shape[eqn.params["axis"]]) for value in values
+            inserted(value, eqn.params["axis"], shape[eqn.params["axis"]]) for value in values
         ]
-    return [_either(facts, [_sized_as(value, eqn.outvars[0]) for value in values])]
+    return [either(facts, [sized_as(value, eqn.outvars[0]) for value in values])]
 
 
 def _iota(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    shape = _shape(eqn.outvars[0])
-    return [Value({SPREAD: _mark(shape, set(range(len(shape))) - {eqn.params["dimension"]})})]
+    shape = shape_of(eqn.outvars[0])
+    return [Value({SPREAD: mark(shape, set(range(len(shape))) - {eqn.params["dimension"]})})]
 
 
 def _looked_up(facts: Facts, value: Value, axes: Iterable[int]) -> Value:
     """The inputs choose along these axes of the array."""
     for kind in (IS, LOOKED_UP):
         for leaf, view in value.of(kind).items():
-            along = set().union(*(_axes_of(view.axes[axis]) for axis in axes))
+            along = set().union(*(axes_of(view.axes[axis]) for axis in axes))
             facts.looked_up.setdefault(leaf, set()).update(along)
     views = {
         (LOOKED_UP if kind == IS else kind, leaf): view
@@ -466,15 +213,15 @@ def _looked_up(facts: Facts, value: Value, axes: Iterable[int]) -> Value:
 
 
 def _dynamic_slice(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    value, old, new = values[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    value, old, new = values[0], shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     if any(index.data for index in values[1:]):
         value = _looked_up(facts, value, [a for a in range(len(old)) if old[a] > new[a]])
-    return [_cut(facts, value, eqn.invars[0], eqn.outvars[0])]
+    return [cut(facts, value, eqn.invars[0], eqn.outvars[0])]
 
 
 def _gather(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     (value, indices), numbers = values, eqn.params["dimension_numbers"]
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
     kept = [axis for axis in range(len(old)) if axis not in (*collapsed, *batching)]
     source: dict[int, int] = dict(zip(numbers.offset_dims, kept, strict=True))
@@ -492,15 +239,14 @@ def _gather(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
     def change(view: View) -> View:
         batch = view.batch.union(
-            *(_axes_of(view.axes[axis]) for axis in collapsed if axis not in source.values())
+            *(axes_of(view.axes[axis]) for axis in collapsed if axis not in source.values())
         )
         axes = (
-            _resized(view.axes[source[a]], n) if a in source else _plain(n)
-            for a, n in enumerate(new)
+            resized(view.axes[source[a]], n) if a in source else plain(n) for a, n in enumerate(new)
         )
         return View(tuple(axes), batch)
 
-    gathered = _mapped_views(
+    gathered = map_views(
         value._replace(
             views={key: view for key, view in value.views.items() if key not in (SPREAD, ONE_HOT)}
         ),
@@ -519,7 +265,7 @@ def _is_weight(value: Value) -> bool:
 def _is_repeated(value: Value) -> bool:
     """Whether axes that no parameter has are in it: one for each example, as activations have."""
     return not any(
-        all(_is_mapped(factors) or math.prod(f.size for f in factors) == 1 for factors in view.axes)
+        all(is_mapped(factors) or math.prod(f.size for f in factors) == 1 for factors in view.axes)
         for view in value.of(IS).values()
     )
 
@@ -547,7 +293,7 @@ def _product(
     weight = [_is_weight(value) for value in values]
     if all(weight):
         if values[0].of(IS).keys() & values[1].of(IS).keys():
-            return _together(values)  # the norm of a weight, or its Gram matrix
+            return mixture(values)  # the norm of a weight, or its Gram matrix
         repeated = [_is_repeated(value) for value in values]
         if any(repeated) and not all(repeated):  # a learned input
             weight = [not r for r in repeated]
@@ -555,10 +301,10 @@ def _product(
 
     def placed(view: View, operand: int) -> View:
         of = (source[operand] for source in sources)
-        axes = (_plain(n) if a is None else view.axes[a] for a, n in zip(of, shape, strict=True))
+        axes = (plain(n) if a is None else view.axes[a] for a, n in zip(of, shape, strict=True))
         return view._replace(axes=tuple(axes))
 
-    result, views = _together(values), {}
+    result, views = mixture(values), {}
     last: frozenset[int] = frozenset()
     for operand, (value, other) in enumerate(zip(values, values[::-1], strict=True)):
         of_axis = roles[operand]
@@ -569,11 +315,11 @@ def _product(
             weight[operand]
             and one_hot
             and contracted
-            and all(_is_mapped(one_hot.axes[b]) for a, b in pairs if a in contracted)
+            and all(is_mapped(one_hot.axes[b]) for a, b in pairs if a in contracted)
         ):
             rows = _looked_up(facts, value, contracted)
             for leaf, view in rows.of(LOOKED_UP).items():
-                along = frozenset().union(*(_axes_of(view.axes[axis]) for axis in contracted))
+                along = frozenset().union(*(axes_of(view.axes[axis]) for axis in contracted))
                 views[LOOKED_UP, leaf] = placed(view._replace(batch=view.batch | along), operand)
             continue
         if weight[operand]:
@@ -583,7 +329,7 @@ def _product(
                 leaf: view
                 for leaf, view in value.of(LOOKED_UP).items()
                 if {REDUCTION, OUTPUT}
-                <= {role for f, role in zip(view.axes, of_axis, strict=True) if _is_mapped(f)}
+                <= {role for f, role in zip(view.axes, of_axis, strict=True) if is_mapped(f)}
             }
             facts.selected.update(used)
         else:
@@ -594,13 +340,13 @@ def _product(
         for leaf, view in used.items():
             facts.use(leaf, view, of_axis, what if not all(weight) else "product of parameters")
             outputs = placed(view, operand)
-            if len(set().union(*map(_axes_of, outputs.axes))) > 1:
+            if len(set().union(*map(axes_of, outputs.axes))) > 1:
                 views[PRODUCT, leaf] = outputs
             for axis, of_other in pairs:
-                if of_axis[axis] == BATCH and _is_mapped(view.axes[axis]):
+                if of_axis[axis] == BATCH and is_mapped(view.axes[axis]):
                     facts.take_apart(other, of_other)
         for leaf, view in value.of(PRODUCT).items():
-            if any(map(_is_mapped, (moved := placed(view, operand)).axes)):
+            if any(map(is_mapped, (moved := placed(view, operand)).axes)):
                 views.setdefault((PRODUCT, leaf), moved)
         if used or (value.last and not value.data and not weight[operand]):
             last |= value.last | used.keys()
@@ -624,12 +370,12 @@ def _dot_general(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
             else BATCH
             if axis in batch[operand] or (operand and axis in grouped)
             else OUTPUT
-            for axis in range(len(_shape(eqn.invars[operand])))
+            for axis in range(len(shape_of(eqn.invars[operand])))
         ]
         for operand in (0, 1)
     ]
     free = [[axis for axis, role in enumerate(of) if role == OUTPUT] for of in roles]
-    shape = _shape(eqn.outvars[0])
+    shape = shape_of(eqn.outvars[0])
     sources: list[tuple[int | None, int | None]] = [
         *zip(*batch, strict=True),
         *((axis, None) for axis in free[0]),
@@ -643,11 +389,11 @@ def _dot_general(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
 
 def _convolution(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     layout, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    shape, kernel = _shape(eqn.outvars[0]), values[1]
+    shape, kernel = shape_of(eqn.outvars[0]), values[1]
     features = layout.rhs_spec[0]
     roles = [OUTPUT if axis == features else REDUCTION for axis in range(len(shape))]
     what = "convolution" if groups == 1 else "convolution of groups"
-    if groups == _shape(eqn.invars[1])[features] > 1:  # a filter for each channel
+    if groups == shape_of(eqn.invars[1])[features] > 1:  # a filter for each channel
         roles[features], what = BATCH, "convolution of each channel alone"
     sources: list[tuple[int | None, int | None]] = [(None, None)] * len(shape)
     sources[layout.out_spec[1]] = (None, features)
@@ -670,25 +416,25 @@ def _shard_map(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     inner = eqn.params["jaxpr"]
     inner = getattr(inner, "jaxpr", inner)
 
-    values = [_sized_as(value, atom) for value, atom in zip(values, inner.invars, strict=True)]
+    values = [sized_as(value, atom) for value, atom in zip(values, inner.invars, strict=True)]
     results = interpret(facts, inner, values)
-    return [_sized_as(value, atom) for value, atom in zip(results, eqn.outvars, strict=True)]
+    return [sized_as(value, atom) for value, atom in zip(results, eqn.outvars, strict=True)]
 
 
 def _cond(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     results = [interpret(facts, branch.jaxpr, values[1:]) for branch in eqn.params["branches"]]
-    return [_either(facts, of_branches) for of_branches in zip(*results, strict=True)]
+    return [either(facts, of_branches) for of_branches in zip(*results, strict=True)]
 
 
 def _settled(before: Value, after: Value) -> Value:
     """What holds before and after a turn of a loop."""
-    together = _together((before, after))
+    mixed = mixture((before, after))
     views = {
         key: view
         for key, view in before.views.items()
-        if after.views.get(key) == view and not (together.data and key[0] == IS)
+        if after.views.get(key) == view and not (mixed.data and key[0] == IS)
     }
-    return together._replace(views=views)
+    return mixed._replace(views=views)
 
 
 def _repeated(
@@ -708,19 +454,17 @@ def _repeated(
 def _scan(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     split = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
     constants, carry, stacked = values[: split[0]], values[split[0] : split[1]], values[split[1] :]
-    if any(
-        _is_weight(v) and any(_is_mapped(w.axes[0]) for w in v.of(IS).values()) for v in stacked
-    ):
+    if any(_is_weight(v) and any(is_mapped(w.axes[0]) for w in v.of(IS).values()) for v in stacked):
         for value in stacked:
             facts.take_apart(value, 0)
-    rows = [_without(value, [0]) for value in stacked]
+    rows = [without(value, [0]) for value in stacked]
 
     def turn(facts: Facts, carry: list[Value]) -> list[Value]:
         return interpret(facts, eqn.params["jaxpr"].jaxpr, [*constants, *carry, *rows])
 
     carry = _repeated(facts, carry, turn)
     after = turn(facts, carry)
-    results = [_inserted(value, 0, eqn.params["length"]) for value in after[len(carry) :]]
+    results = [inserted(value, 0, eqn.params["length"]) for value in after[len(carry) :]]
     return [*carry, *results]
 
 
