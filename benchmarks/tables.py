@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import (
+    any_model,
     cpu_memory_cap,
     data_parallel_13b,
     fine_tuning,
@@ -36,6 +37,7 @@ from benchmarks.rows import RESULTS, Row, read_rows
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "any_model": any_model.table,
     "convergence": convergence.table,
     "convergence_ablations": convergence.ablation_table,
     "convergence_rates": convergence.rates_table,
