@@ -51,7 +51,7 @@ def _matrix(reduction: Any, output: Any) -> ApolloDimensionNumbers:
 
 
 def _llama(apart: bool) -> Model:
-    llama = importlib.import_module("examples.llama.model")
+    llama: Any = importlib.import_module("examples.llama.model")
     config = importlib.import_module("examples.llama.config").MODELS["1b"]
     params = jax.eval_shape(lambda: llama.init_params(config, 0))
     if apart:
@@ -71,7 +71,7 @@ def _llama(apart: bool) -> Model:
 
 
 def _linen(axis: int) -> Model:
-    nn = importlib.import_module("flax.linen")
+    nn: Any = importlib.import_module("flax.linen")
 
     class Block(nn.Module):
         @nn.compact
@@ -112,7 +112,7 @@ def _linen(axis: int) -> Model:
 
 
 def _nnx() -> Model:
-    nnx = importlib.import_module("flax.nnx")
+    nnx: Any = importlib.import_module("flax.nnx")
 
     class DiffusionTransformer(nnx.Module):
         """Blocks modulated by the time, as in DiT."""
@@ -160,7 +160,7 @@ def _nnx() -> Model:
 
 
 def _haiku_resnet() -> Model:
-    hk = importlib.import_module("haiku")
+    hk: Any = importlib.import_module("haiku")
     network = hk.transform_with_state(lambda x: hk.nets.ResNet50(1000)(x, True))
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
     params, state = jax.eval_shape(network.init, jax.random.key(0), images)
@@ -173,7 +173,7 @@ def _haiku_resnet() -> Model:
 
 
 def _haiku_transformer() -> Model:
-    hk = importlib.import_module("haiku")
+    hk: Any = importlib.import_module("haiku")
 
     def model(tokens: Any) -> Any:
         x = hk.Embed(32000, 512)(tokens)
@@ -191,7 +191,7 @@ def _haiku_transformer() -> Model:
 
 
 def _equinox() -> Model:
-    eqx = importlib.import_module("equinox")
+    eqx: Any = importlib.import_module("equinox")
 
     class Encoder(eqx.Module):
         embed: Any
@@ -244,8 +244,8 @@ def _gemma(name: str) -> Model:
 
 
 def _tunix(family: str, name: str, config: str) -> Model:
-    nnx = importlib.import_module("flax.nnx")
-    module = importlib.import_module(f"tunix.models.{family}.model")
+    nnx: Any = importlib.import_module("flax.nnx")
+    module: Any = importlib.import_module(f"tunix.models.{family}.model")
     settings = getattr(module.ModelConfig, config)()
     model = nnx.eval_shape(lambda: getattr(module, name)(settings, rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(model, nnx.Param, ...)

@@ -498,8 +498,8 @@ _RULES_OF_MANY: dict[_Rule, str] = {
         argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
         reduce_xor""",
     _noise: """
-        random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap random_wrap
-        rng_bit_generator rng_uniform threefry2x32""",
+        random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap
+        random_wrap rng_bit_generator rng_uniform threefry2x32""",
     _call: """
         checkpoint closed_call composite core_call custom_jvp_call custom_partitioning
         custom_vjp_call custom_vjp_call_jaxpr jit pjit remat remat2""",
