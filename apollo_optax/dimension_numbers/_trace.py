@@ -452,7 +452,20 @@ def _repeated(
 
 
 def _scan(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    split = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    body = eqn.params["jaxpr"].jaxpr
+    # What is scanned has an axis more outside. (The parameters that count it differ among JAX's
+    # versions.)
+    row_count, carry_count = (
+        sum(
+            (len(shape_of(a)) == len(shape_of(b))) == same
+            for a, b in zip(outer, inner, strict=True)
+        )
+        for outer, inner, same in (
+            (eqn.invars, body.invars, False),
+            (eqn.outvars, body.outvars, True),
+        )
+    )
+    split = len(values) - row_count - carry_count, len(values) - row_count
     constants, carry, stacked = values[: split[0]], values[split[0] : split[1]], values[split[1] :]
     if any(_is_weight(v) and any(is_mapped(w.axes[0]) for w in v.of(IS).values()) for v in stacked):
         for value in stacked:
@@ -460,7 +473,7 @@ def _scan(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     rows = [without(value, [0]) for value in stacked]
 
     def turn(facts: Facts, carry: list[Value]) -> list[Value]:
-        return interpret(facts, eqn.params["jaxpr"].jaxpr, [*constants, *carry, *rows])
+        return interpret(facts, body, [*constants, *carry, *rows])
 
     carry = _repeated(facts, carry, turn)
     after = turn(facts, carry)
