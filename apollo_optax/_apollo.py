@@ -407,10 +407,10 @@ def _warn_of_whole_ranks(
     path, leaf = max(whole, key=lambda item: item[1].size)
     smaller = side(leaf.shape, axes[path].projected)  # type: ignore[union-attr]
     warnings.warn(
-        f"rank={rank} is at least the smaller side of {len(whole)} leaves of {size:,} weights. They "
-        f"keep AdamW's state: {spell(path)} {tuple(leaf.shape)} is matrices whose smaller side is "
-        f"{smaller}. Take a smaller rank. If these are not its matrices, say which axes are with "
-        f"weight_dimension_numbers, for example by infer_dimension_numbers.",
+        f"rank={rank} is at least the smaller side of {len(whole)} leaves of {size:,} weights, so "
+        f"they keep AdamW's state: {spell(path)} {tuple(leaf.shape)} has matrices with a smaller "
+        f"side of {smaller}. Take a smaller rank. If these are not its matrices, say which axes "
+        f"are with weight_dimension_numbers, for example by infer_dimension_numbers.",
         stacklevel=4,
     )
 

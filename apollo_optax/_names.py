@@ -134,10 +134,10 @@ def warn_of_adams_state(leaves: list[tuple[Path, Any]], why: str) -> None:
     more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
     warnings.warn(
         f"{named}{more} have {why}: they are trained with Adam, whose moments take "
-        f"{moment_bytes:,} bytes. To project them, pass weight_dimension_numbers=infer_dimension_numbers(forward, params, "
-        f"*inputs), which reads the axes off the model, dimension_numbers_from_rules, or "
-        f"ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1) for stacks of (in, out); an "
-        f"entry of None says that Adam is meant.",
+        f"{moment_bytes:,} bytes. To project them, pass as weight_dimension_numbers what "
+        f"infer_dimension_numbers(forward, params, *inputs) reads off the model, or what "
+        f"dimension_numbers_from_rules makes, or ApolloDimensionNumbers(reduction_axis=-2, "
+        f"output_axis=-1) for stacks of (in, out). An entry of None says that Adam is meant.",
         stacklevel=4,
     )
 

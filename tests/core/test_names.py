@@ -160,7 +160,7 @@ def test_a_rank_that_saves_nothing_is_said():
     wide = ApolloDimensionNumbers(-2, -1)
     params = tree(query=(512, 16, 192))
     tx = apollo(0.01, 256, weight_dimension_numbers=wide)
-    with pytest.warns(UserWarning, match=r"rank=256 .* 1,572,864 weights.*smaller side is 16"):
+    with pytest.warns(UserWarning, match=r"rank=256 .* 1,572,864 weights.*smaller side of 16"):
         jax.eval_shape(tx.init, params)
     with warnings.catch_warnings(action="error"):
         jax.eval_shape(apollo(0.01, 8, weight_dimension_numbers=wide).init, params)

@@ -185,11 +185,11 @@ def test_svd_refuses_a_state_without_projections():
 def test_norms_and_biases_of_stacked_layers_are_no_matrix(numbers):
     params = {
         "blocks": {"w": normal(12, 64, 32), "norm": {"scale": normal(12, 64)}},
-        "head": normal(64, 32),
+        "mix": normal(64, 32),
     }
     state = scale_by_apollo(4, weight_dimension_numbers=numbers).init(params)
     assert state.mu["blocks"]["norm"]["scale"].shape == (12, 64)
-    assert state.mu["head"].shape == (4, 64)
+    assert state.mu["mix"].shape == (4, 64)
 
 
 def test_a_state_wider_than_its_gradients_stays_so():
