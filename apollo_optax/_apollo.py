@@ -18,6 +18,7 @@ from apollo_optax._arguments import (
     require_real_floating,
     wide,
 )
+from apollo_optax._boxes import with_axis_names
 from apollo_optax._keys import key_data, require_key, wrap_like
 from apollo_optax._limiter import NORM_EPS, limit_growth
 from apollo_optax._matrices import (
@@ -33,7 +34,7 @@ from apollo_optax._matrices import (
     without_overflow,
 )
 from apollo_optax._names import default_dimension_numbers
-from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
+from apollo_optax._paths import Path, named_arrays, named_leaves, nest, replaced, spell
 from apollo_optax._placement import (
     matrices_placement,
     moments_placement,
@@ -59,8 +60,10 @@ Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 
 
 class ScaleByApolloState(NamedTuple):
-    """State of `scale_by_apollo`: arrays only, in plain dictionaries nested by the parameters'
-    names.
+    """State of `scale_by_apollo`: arrays in plain dictionaries nested by the parameters' names.
+
+    Where a parameter is in a box of Flax with names of its axes, so are its arrays here, each with
+    the names of its own axes.
 
     Attributes:
       count: Steps taken, int32 scalar.
@@ -343,7 +346,7 @@ def scale_by_apollo(
         stored = {}
         if stores_projections:
             stored = {path: _no_projection(leaf, axes[path], rank) for path, leaf in named}
-        return _nested(count, key_array, leaves, stored)
+        return with_axis_names(_nested(count, key_array, leaves, stored), params, axes)
 
     def update(
         updates: PyTree,
@@ -366,8 +369,9 @@ def scale_by_apollo(
             for path, G in named
             if (matrix := axes[path])
         }
-        leaves = {path: _leaf_state(state, path, G.shape, axes[path], rank) for path, G in named}
-        stored = {path: lookup(state.projection, path) for path in leaves if stores_projections}
+        of_field = {name: dict(named_leaves(tree)[0]) for name, tree in state._asdict().items()}
+        leaves = {path: _leaf_state(of_field, path, G.shape, axes[path], rank) for path, G in named}
+        stored = of_field["projection"]
 
         refresh = state.count // update_proj_gap
         if stores_projections:
@@ -385,7 +389,9 @@ def scale_by_apollo(
                     G, P[path], leaves[path], matrix, t, hyper, granularity, implementation
                 )
             scaled.append(U)
-        return jax.tree.unflatten(treedef, scaled), _nested(t, state.key, leaves, stored)
+        # On the tree of the state that came in, for its boxes.
+        new_state = replaced(state, _nested(t, state.key, leaves, stored))
+        return jax.tree.unflatten(treedef, scaled), new_state
 
     tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
     # As an argument: injected hyperparameters are traced, and have types of their own.
@@ -479,7 +485,7 @@ def _require_state_of(
 
 
 def _leaf_state(
-    state: ScaleByApolloState,
+    of_field: dict[str, dict[Path, Array]],
     path: Path,
     shape: tuple[int, ...],
     axes: MatrixAxes | None,
@@ -491,10 +497,7 @@ def _leaf_state(
     batch = moments[:batch_axes]
     found = {}
     for field, needed in {"mu": moments, "nu": moments, "norm": batch}.items():
-        try:
-            found[field] = lookup(getattr(state, field), path)
-        except KeyError:
-            found[field] = None
+        found[field] = of_field[field].get(path)
         shape_found = getattr(found[field], "shape", None)
         if shape_found != needed:
             name = "norm" if field == "norm" else "moments"

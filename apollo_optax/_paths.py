@@ -73,6 +73,13 @@ def lookup(tree: Any, path: Path) -> Any:
     return tree
 
 
+def replaced(tree: Any, *parts: Any) -> Any:
+    """The tree with the leaves of its parts in place of its own."""
+    new = {path: leaf for part in parts for path, leaf in named_leaves(part)[0]}
+    named, structure = named_leaves(tree)
+    return structure.unflatten(new.get(path, leaf) for path, leaf in named)
+
+
 def spell(path: Path) -> str:
     """The path as errors and warnings show it."""
     return "/".join(path) or "(the only leaf)"

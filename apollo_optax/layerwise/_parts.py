@@ -101,13 +101,6 @@ def share_of(part: Params, mirrored: PyTree) -> PyTree:
     )
 
 
-def replaced(tree: PyTree, *parts: PyTree) -> PyTree:
-    """The tree with the leaves of its parts in place of its own."""
-    new = {path: leaf for part in parts for path, leaf in named_leaves(part)[0]}
-    named, structure = named_leaves(tree)
-    return structure.unflatten(new.get(path, leaf) for path, leaf in named)
-
-
 def layer_of(stacked: PyTree, index: Int[Array, ""]) -> PyTree:
     """The leaves of one layer, with a leading axis of size 1."""
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index, 1), stacked)

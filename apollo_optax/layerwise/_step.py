@@ -10,6 +10,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import partial_eval
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from apollo_optax._paths import replaced
 from apollo_optax.layerwise._model import (
     EXACT,
     Batch,
@@ -28,7 +29,6 @@ from apollo_optax.layerwise._parts import (
     layer_of,
     number_of_layers,
     padded,
-    replaced,
     require_form,
     rest_of,
     shapes_of,
