@@ -1,4 +1,4 @@
-"""Flax's boxed parameters, whose axis names do not fit the low-rank state."""
+"""Flax's boxed parameters, whose axis names the low-rank state has in its own order."""
 
 from typing import Any
 
@@ -7,12 +7,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec as P
 
-from apollo_optax import ApolloDimensionNumbers, apollo, apollo_mini, transformer_dimension_numbers
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    apollo,
+    apollo_mini,
+    scale_by_apollo,
+    svd,
+    transformer_dimension_numbers,
+)
 
 OPTIMIZERS = [
     lambda: apollo(0.01, 4, weight_dimension_numbers=transformer_dimension_numbers),
@@ -98,21 +107,96 @@ def is_box(node):
 
 
 @both
-@pytest.mark.parametrize("family", ["linen", "nnx"])
-def test_no_box_is_left_in_the_state(make, family):
-    params = (
-        linen_model(partitioned=True).init(jax.random.key(1), X)["params"]
-        if family == "linen"
-        else nnx.state(NnxModel(partitioned=False), nnx.Param)
-    )
-    state = make().init(params)
+def test_parameters_without_axis_names_leave_no_box_in_the_state(make):
+    state = make().init(nnx.state(NnxModel(partitioned=False), nnx.Param))
     assert not any(is_box(node) for node in jax.tree.leaves(state, is_leaf=is_box))
 
 
-def test_the_state_of_boxed_and_bare_parameters_is_the_same_tree():
+def in_a_box(kind, array, names):
+    if kind == "nnx":
+        return nnx.Param(array, out_sharding=names, eager_sharding=False)
+    if kind == "logical":
+        return nn.LogicallyPartitioned(array, names, rules=(("embed", "fsdp"),))
+    return nn.Partitioned(array, names)
+
+
+def spec_of(box):
+    """The names that Flax itself reads off a box."""
+    if isinstance(box, nnx.Variable):
+        return nnx.get_partition_spec({"box": box})["box"].get_value()
+    return nn.get_partition_spec(box)
+
+
+DENSE = ApolloDimensionNumbers(-2, -1)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "partitioned", "logical"])
+@pytest.mark.parametrize(
+    ("shape", "numbers", "names", "mu", "norm", "projection"),
+    [
+        # Channels (the larger side) keep their names.
+        ((8, 32), DENSE, (None, "mlp"), (None, "mlp"), (), (None, None)),
+        ((32, 8), DENSE, ("mlp", "embed"), (None, "mlp"), (), (None, None)),
+        ((8, 32), DENSE, ("embed", "mlp"), (None, "mlp"), (), (None, None)),
+        # A name of the projected side goes to channels without one.
+        ((8, 32), DENSE, ("embed", None), (None, "embed"), (), (None, None)),
+        ((8, 32), DENSE, ("embed",), (None, "embed"), (), (None, None)),
+        # Not where not all that divides it divides them.
+        ((8, 33), DENSE, ("embed", None), (None, None), (), (None, None)),
+        # Layers and experts.
+        ((3, 8, 32), DENSE, ("layers", "embed", "mlp"), ("layers", None, "mlp"), ("layers",),
+         ("layers", None, None)),
+        # (embed, heads, head_dim)
+        ((8, 4, 16), ApolloDimensionNumbers(0, (1, 2)), ("embed", "heads", None),
+         (None, "heads", "embed"), (), (None, None)),
+        # Adam's.
+        ((32, 8), None, ("vocabulary", "embed"), ("vocabulary", "embed"), ("vocabulary",),
+         ("vocabulary",)),
+        ((32,), None, ("mlp",), ("mlp",), (), ()),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_boxed_parameter_has_the_names_of_its_axes(
+    kind, shape, numbers, names, mu, norm, projection
+):
+    params = {"w": in_a_box(kind, jnp.ones(shape), names)}
+    state = scale_by_apollo(4, projection=svd, weight_dimension_numbers={"w": numbers}).init(params)
+    for tree in (state.mu, state.nu):
+        assert spec_of(tree["w"]) == P(*mu)
+    assert spec_of(state.norm["w"]) == P(*norm)
+    assert spec_of(state.projection["w"]) == P(*projection)
+
+
+def test_a_sharding_of_the_optimizer_state_alone_is_followed():
+    param = nnx.Param(
+        jnp.ones((8, 32)), out_sharding=(), optimizer_sharding=P(None, "fsdp"), eager_sharding=False
+    )
+    moment = scale_by_apollo(4).init({"w": param}).mu["w"]
+    assert moment.get_metadata("optimizer_sharding") == P(None, "fsdp")
+
+
+@pytest.mark.parametrize("state_boxed", [False, True])
+@pytest.mark.parametrize("gradients_boxed", [False, True])
+def test_gradients_and_state_may_be_boxed_apart(state_boxed, gradients_boxed):
     boxed = linen_model(partitioned=True).init(jax.random.key(1), X)["params"]
+    bare = nn.meta.unbox(boxed)
     tx = apollo(0.01, 4)
-    chex.assert_trees_all_equal_structs(tx.init(boxed), tx.init(nn.meta.unbox(boxed)))
+    update = jax.jit(tx.update)
+    expected, _ = update(bare, update(bare, tx.init(bare), bare)[1], bare)
+    start = tx.init(boxed if state_boxed else bare)
+    grads = boxed if gradients_boxed else bare
+    _, state = update(grads, start, grads)
+    updates, state = update(grads, state, grads)
+    chex.assert_trees_all_equal(nn.meta.unbox(updates), expected)
+    chex.assert_trees_all_equal_structs(updates, grads)
+    chex.assert_trees_all_equal_structs(state, start)
+
+
+def test_moments_of_boxed_parameters_are_told_from_counts():
+    tx = apollo(0.01, 4)
+    boxed = linen_model(partitioned=True).init(jax.random.key(1), X)["params"]
+    marked = optax.tree_map_params(tx, lambda _: "moment", tx.init(boxed))
+    assert set(jax.tree.leaves((marked[0].mu, marked[0].nu, marked[0].norm))) == {"moment"}
+    assert marked[0].count == 0
 
 
 def test_a_leaf_that_is_really_called_value_keeps_its_name():

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -228,7 +230,7 @@ class NnxModel(nnx.Module):
         self.dense = nnx.Linear(16, 24, kernel_init=kernel, rngs=nnx.Rngs(0))
 
 
-def test_nnx_axis_names_do_not_reach_the_low_rank_state():
+def test_the_low_rank_state_of_nnx_has_the_axis_names_that_fit_it():
     tx = apollo(1e-3, 4, weight_dimension_numbers=transformer_dimension_numbers)
     mesh = mesh_of(model=8)
     with jax.set_mesh(mesh):
@@ -249,7 +251,7 @@ def test_nnx_axis_names_do_not_reach_the_low_rank_state():
     assert specs_of(state_shardings(tx, abstract, named)) == specs_of(expected)
 
 
-def test_linen_axis_names_do_not_reach_the_low_rank_state():
+def test_the_low_rank_state_of_linen_has_the_axis_names_that_fit_it():
     kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("model", None))
     dense = nn.Dense(24, kernel_init=kernel, use_bias=False)
     boxed = jax.eval_shape(dense.init, jax.random.key(0), jnp.ones((1, 16)))["params"]
@@ -267,10 +269,198 @@ def test_linen_axis_names_do_not_reach_the_low_rank_state():
         init(naive, nn.get_sharding(jax.eval_shape(naive.init, boxed), mesh))
     tx = apollo(1e-3, 4, weight_dimension_numbers=transformer_dimension_numbers)
     state = init(tx, state_shardings(tx, boxed, params))
-    assert trimmed(state[0].mu["kernel"].sharding.spec) == (None, "model")
+    assert trimmed(state[0].mu["kernel"].value.sharding.spec) == (None, "model")
     # Adam's moments are in boxes like the parameters', with their sharding.
     adam = init(optax.adam(1e-3), state_shardings(optax.adam(1e-3), boxed, params))
     assert trimmed(adam[0].mu["kernel"].value.sharding.spec) == ("model",)
+
+
+# By Flax's own patterns: the names of the state's boxes, nothing of this package's
+
+FOUR = {
+    "apollo": lambda: apollo(0.01, 8, weight_dimension_numbers=transformer_dimension_numbers),
+    "apollo_mini": lambda: apollo_mini(
+        0.01, weight_dimension_numbers=transformer_dimension_numbers
+    ),
+    "multi_steps": lambda: optax.MultiSteps(
+        apollo(0.01, 8, weight_dimension_numbers=transformer_dimension_numbers), 2
+    ).gradient_transformation(),
+}
+BY_FLAX = pytest.mark.parametrize("name", FOUR)
+TOKENS = jax.random.randint(jax.random.key(1), (16,), 0, 64)
+
+
+def mesh_of_four():
+    return jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:4])
+
+
+class NnxDecoder(nnx.Module):
+    def __init__(self, partitioned=True):
+        def init(*names):
+            plain = nnx.initializers.lecun_normal()
+            return nnx.with_partitioning(plain, names) if partitioned else plain
+
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(64, 32, embedding_init=init("fsdp", None), rngs=rngs)
+        self.up = nnx.Linear(32, 128, kernel_init=init("fsdp", None), rngs=rngs)
+        self.down = nnx.Linear(128, 32, kernel_init=init("fsdp", None), rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.down(nnx.relu(self.up(self.embed(tokens))))
+
+
+def nnx_made(tx, partitioned=True):
+    """Flax's guide: a model and an optimizer sharded by the partition specs of their state."""
+
+    @nnx.jit
+    def make():
+        model = NnxDecoder(partitioned)
+        both = model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+        if partitioned:
+            state = nnx.state(both)
+            specs = nnx.get_partition_spec(state)
+            nnx.update(both, jax.lax.with_sharding_constraint(state, specs))
+        return both
+
+    return make()
+
+
+@nnx.jit
+def nnx_step(model, optimizer):
+    grads = nnx.grad(lambda model: jnp.mean((model(TOKENS) - 1) ** 2))(model)
+    optimizer.update(model, grads)
+
+
+def bytes_of_a_device(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def held(optimizer):
+    return bytes_of_a_device(nnx.state(optimizer, nnx.optimizer.OptState))
+
+
+@BY_FLAX
+def test_a_device_holds_its_share_of_the_state_by_nnxs_own_pattern(name, tmp_path):
+    tx, adamw = FOUR[name](), optax.adamw(1e-3)
+    if name == "multi_steps":
+        adamw = optax.MultiSteps(adamw, 2).gradient_transformation()
+    mesh = mesh_of_four()
+    with jax.set_mesh(mesh):
+        model, optimizer = nnx_made(tx)
+        share, of_adamw = held(optimizer), held(nnx_made(adamw)[1])
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(optimizer)))
+        assert share < of_adamw
+        assert share < 0.3 * whole
+        for _ in range(2):
+            nnx_step(model, optimizer)
+        assert held(optimizer) <= share
+
+        state = nnx.state((model, optimizer))
+        abstract = nnx.state(nnx.eval_shape(lambda: nnx_made(tx)))
+        targets = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            nnx.get_named_sharding(abstract, mesh),
+        )
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", state)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "state", targets)
+        other = nnx_made(tx)
+        nnx.update(other, restored)
+        assert held(other[1]) == share
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(a, b)
+        nnx_step(*other)
+        nnx_step(model, optimizer)
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(other)), jax.tree.leaves(nnx.state((model, optimizer))),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(a, b)
+
+
+@BY_FLAX
+def test_nnxs_own_pattern_trains_as_one_device_does(name):
+    tx = FOUR[name]()
+    alone = nnx_made(tx, partitioned=False)
+    with jax.set_mesh(mesh_of_four()):
+        sharded = nnx_made(tx)
+        for _ in range(3):
+            nnx_step(*sharded)
+    for _ in range(3):
+        nnx_step(*alone)
+    pure = [nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model, _ in (sharded, alone)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *pure)
+
+
+class LinenDecoder(nn.Module):
+    boxed: Any
+
+    @nn.compact
+    def __call__(self, tokens):
+        def init(*names):
+            plain = nn.initializers.lecun_normal()
+            return self.boxed(plain, names) if self.boxed else plain
+
+        x = nn.Embed(64, 32, embedding_init=init("fsdp", None), name="embed")(tokens)
+        x = nn.relu(nn.Dense(128, kernel_init=init("fsdp", None), name="up")(x))
+        return nn.Dense(32, kernel_init=init("fsdp", None), name="down")(x)
+
+
+def linen_made(tx, boxed):
+    model = LinenDecoder(boxed)
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+
+@jax.jit
+def linen_step(state):
+    def loss(params):
+        return jnp.mean((state.apply_fn({"params": params}, TOKENS) - 1) ** 2)
+
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+
+@BY_FLAX
+@pytest.mark.parametrize(
+    "boxed", [nn.with_partitioning, nn.with_logical_partitioning], ids=["names", "logical"]
+)
+def test_a_device_holds_its_share_of_the_state_by_linens_own_pattern(name, boxed):
+    mesh = mesh_of_four()
+
+    def sharded(tx):
+        make = functools.partial(linen_made, tx, boxed)
+        abstract = jax.eval_shape(make)
+        shardings = nn.get_sharding(abstract, mesh)
+        if boxed is nn.with_logical_partitioning:
+            specs = nn.get_partition_spec(abstract)
+            shardings = nn.logical_to_mesh_sharding(specs, mesh, [("fsdp", "fsdp")])
+        return jax.jit(make, out_shardings=shardings)()
+
+    tx, adamw = FOUR[name](), optax.adamw(1e-3)
+    if name == "multi_steps":
+        adamw = optax.MultiSteps(adamw, 2).gradient_transformation()
+    state, alone = sharded(tx), linen_made(tx, None)
+    share = bytes_of_a_device(state.opt_state)
+    assert share < bytes_of_a_device(sharded(adamw).opt_state)
+    assert share < 0.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    for _ in range(2):
+        state, alone = linen_step(state), linen_step(alone)
+    assert bytes_of_a_device(state.opt_state) <= share
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_on_an_explicit_mesh_nnx_shards_the_state_by_its_names():
+    tx = apollo(0.01, 4, weight_dimension_numbers=transformer_dimension_numbers)
+    with jax.set_mesh(mesh_of(AxisType.Explicit, model=8)):
+        model = NnxModel()
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        optimizer.update(model, nnx.state(model, nnx.Param))
+    mu = optimizer.opt_state[0].mu["dense"]["kernel"]
+    assert trimmed(mu[...].sharding.spec) == (None, "model")
+    assert trimmed(jax.typeof(mu[...]).sharding.spec) == (None, "model")
 
 
 # The same trajectory on any mesh
