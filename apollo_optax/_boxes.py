@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from apollo_optax._matrices import MatrixAxes
 from apollo_optax._paths import Path, named_leaves
+from apollo_optax._placement import moments_placement
 
 _METADATA = ("out_sharding", "optimizer_sharding")  # of an `nnx.Variable`
 
@@ -24,7 +25,9 @@ def with_axis_names(state: Any, params: PyTree, axes: dict[Path, MatrixAxes | No
 
     Batch and channel axes keep the parameter's names, and the rank axis has none. A name of the
     projected side goes to a channel axis without one, if any count that divides the old axis
-    divides the new one too.
+    divides the new one too. The names of an `nnx.Variable` whose mesh is set are those of
+    `moments_placement`, which knows the counts: Flax needs the mesh then anyway. Linen's do not
+    depend on what is set, as `jax.jit` compares them with those of the shardings that it is given.
 
     Args:
       state: Its arrays bare.
@@ -59,25 +62,33 @@ def _box(box: Any, leaf: Array, field: str, axes: MatrixAxes | None) -> Any:
     (parameter,) = jax.tree.leaves(box)
     named = {}
     for key, names in _names_of(box).items():
-        names_of_field = _names_of_field(field, tuple(names), jnp.shape(parameter), axes)
-        as_given = PartitionSpec if isinstance(names, PartitionSpec) else lambda *names: names
-        named[key] = as_given(*names_of_field)
+        padded = (*names, *[None] * (jnp.ndim(parameter) - len(names)))
+        if axes is None:
+            of_field = padded if field in ("mu", "nu") else padded[: int(len(padded) > 1)]
+        elif field in ("mu", "nu"):
+            is_of_mesh = key != "names" and _are_of_mesh_that_is_set(padded)
+            rule = _names_by_counts if is_of_mesh else _names_by_sizes
+            of_field = rule(padded, jnp.shape(parameter), axes)
+        else:
+            whole = 2 if field == "projection" else 0
+            of_field = (*(padded[a] for a in axes.batch), *[None] * whole)
+        named[key] = PartitionSpec(*of_field) if isinstance(names, PartitionSpec) else of_field
     return box.replace(value=leaf, **named)
 
 
-def _names_of_field(
-    field: str, names: Names, shape: tuple[int, ...], axes: MatrixAxes | None
-) -> Names:
-    names = (*names, *[None] * (len(shape) - len(names)))
-    if field in ("mu", "nu"):
-        return names if axes is None else _names_of_moments(names, shape, axes)
-    if axes is None:
-        return names[:1] if len(shape) > 1 else ()
-    whole = 2 if field == "projection" else 0
-    return (*(names[a] for a in axes.batch), *[None] * whole)
+def _are_of_mesh_that_is_set(names: Names) -> bool:
+    axes_of_mesh = jax.sharding.get_abstract_mesh().axis_names
+    each = [name for entry in names for name in (entry if isinstance(entry, tuple) else (entry,))]
+    return all(name is None or name in axes_of_mesh for name in each)
 
 
-def _names_of_moments(names: Names, shape: tuple[int, ...], axes: MatrixAxes) -> Names:
+def _names_by_counts(names: Names, shape: tuple[int, ...], axes: MatrixAxes) -> Names:
+    on_mesh = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*names))
+    placed = moments_placement(on_mesh, shape, axes)
+    return () if placed is None else tuple(placed.spec)
+
+
+def _names_by_sizes(names: Names, shape: tuple[int, ...], axes: MatrixAxes) -> Names:
     channel = {axis: names[axis] for axis in axes.channel}
     for old in axes.projected:
         free = (a for a in channel if channel[a] is None and shape[a] % shape[old] == 0)
