@@ -495,7 +495,7 @@ def _leaf_state(
     moments = shape if axes is None else low_rank_shape(shape, axes, rank)
     batch_axes = len(axes.batch) if axes else int(len(shape) > 1)
     batch = moments[:batch_axes]
-    found = {}
+    found: dict[str, Any] = {}
     for field, needed in {"mu": moments, "nu": moments, "norm": batch}.items():
         found[field] = of_field[field].get(path)
         shape_found = getattr(found[field], "shape", None)

@@ -1,8 +1,8 @@
 """Names the leaves of a pytree, and builds plain nested dictionaries from those names.
 
 Optimizer state must not be built on the parameters' own tree nodes: Flax's boxes carry axis names
-that do not fit a low-rank leaf, and the same parameters arrive boxed at one call and bare at the
-next.
+that do not fit a low-rank leaf (`_boxes.py` makes those that do), and the same parameters arrive
+boxed at one call and bare at the next.
 """
 
 import zlib
