@@ -60,7 +60,7 @@ def is_dimension_numbers(spec: Any) -> bool:
     return hasattr(spec, "reduction_axis") and hasattr(spec, "output_axis")
 
 
-def _normalized(name: str, axis: Sequence[int] | int, ndim: int, where: str) -> tuple[int, ...]:
+def _normalized(name: str, axis: Any, ndim: int, where: str) -> tuple[int, ...]:
     try:
         axes = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
     except TypeError as error:

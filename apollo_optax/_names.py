@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ _HEADS_FIRST = ApolloDimensionNumbers(-2, (-3, -1))  # (heads, embed, head_dim)
 
 # Names of leaves, or of the module of a leaf called `w` or `kernel`.
 _KERNELS = {"kernel", "wi", "wi_0", "wi_1", "wo"}
-_PLAIN = {"w", "weight"}  # Haiku's and PyTorch's, Equinox's: matrices where they have two axes
+# Matrices where they have two axes: Haiku's (in, out); Equinox's and PyTorch's (out, in).
+_PLAIN = {"w": _DENSE, "weight": ApolloDimensionNumbers(-1, -2)}
 _EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _EINSUMS = {
     "q_einsum": _HEADS_FIRST,
@@ -39,18 +41,25 @@ _HEADS = re.compile(
     r"(lm_|output_)?head|logits?(_?dense)?|unembed(ding)?|classifier|output_projection"
 )
 # Neither matrices nor vocabularies, whatever their axes.
-_ELEMENTWISE = re.compile(r"bias|b|scale|offset|gamma|beta|cls|.*norm\d*|conv.*|.*_bias|ln_.*")
+_ELEMENTWISE = re.compile(r"bias|scale|offset|gamma|beta|cls|.*norm\d*|conv.*|.*_bias|ln_.*")
 _LAYERS = re.compile(r"(.*_)?(layers|blocks)|h")
 
 
-class _Named(NamedTuple):
-    """What a name says: a specification, None for Adam; or nothing."""
+class Named(NamedTuple):
+    """What a name says.
+
+    Attributes:
+      spec: The axes; None for Adam.
+      known: Whether the name says anything.
+      certain: Whether it says more than that the leaf is some layer's.
+    """
 
     spec: ApolloDimensionNumbers | None
     known: bool = True
+    certain: bool = True
 
 
-_UNKNOWN = _Named(None, known=False)
+_UNKNOWN = Named(None, known=False)
 
 
 def transformer_dimension_numbers(
@@ -95,7 +104,7 @@ def transformer_dimension_numbers(
     """
     require_tree_not_count("transformer_dimension_numbers", params)
     named, treedef = named_arrays(params)
-    found = _by_name(dict(named), project_embeddings, layers_axis)
+    found = by_name(named, project_embeddings=project_embeddings, layers_axis=layers_axis)
     warn_of_adams_state(
         [(path, leaf) for path, leaf in named if not found[path].known],
         "names that are not known",
@@ -110,7 +119,7 @@ def default_dimension_numbers(params: PyTree) -> PyTree:
     Adam, with a warning.
     """
     named, treedef = named_arrays(params)
-    found = _by_name(dict(named), project_embeddings=False, layers_axis=None)
+    found = by_name(named)
     vectors = stacked_vectors(named)
 
     def spec_of(path: Path, leaf: Any) -> ApolloDimensionNumbers | None:
@@ -142,9 +151,14 @@ def warn_of_adams_state(leaves: list[tuple[Path, Any]], why: str) -> None:
     )
 
 
-def _by_name(
-    leaves: dict[Path, Any], project_embeddings: bool, layers_axis: int | None
-) -> dict[Path, _Named]:
+def by_name(
+    named: Iterable[tuple[Path, Any]],
+    *,
+    project_embeddings: bool = False,
+    layers_axis: int | None = None,
+) -> dict[Path, Named]:
+    """What the name of each leaf says."""
+    leaves = dict(named)
     words = {path: _words(path) for path in leaves}
     shapes = {words[path]: tuple(leaf.shape) for path, leaf in leaves.items()}
     found = {}
@@ -177,27 +191,27 @@ def _with_axis(spec: ApolloDimensionNumbers, axis: int, ndim: int) -> ApolloDime
 
 def _named(
     names: Path, shape: tuple[int, ...], shapes: dict[Path, tuple[int, ...]], vocabulary: bool
-) -> _Named:
+) -> Named:
     name = names[-1] if names else ""
     module = names[-2] if len(names) > 1 else ""
     axes = len(shape)
     if axes < 2 or _ELEMENTWISE.fullmatch(name) or _ELEMENTWISE.fullmatch(module.lower()):
-        return _Named(None)
+        return Named(None)
     is_head = any(_HEADS.fullmatch(part) for part in names) or names in (
         ("output", "kernel"),
         ("params", "output", "kernel"),
     )
     if is_head or any(_VOCABULARIES.fullmatch(part) for part in names):
-        return _Named(_DENSE if vocabulary and axes == 2 else None)
+        return Named(_DENSE if vocabulary and axes == 2 else None)
     if name in _EINSUMS or (module in _EINSUMS and name == "w"):
         spec = _EINSUMS[name if name in _EINSUMS else module]
-        return _Named(spec) if axes > 2 or spec is _DENSE else _UNKNOWN
+        return Named(spec) if axes > 2 or spec is _DENSE else _UNKNOWN
     if name in _PLAIN:
         if axes == 2:
-            return _Named(_DENSE)
+            return Named(_PLAIN[name], certain=False)
         name = "kernel" if module in _INTO | _OUT else name
     if name in _EXPERTS and axes == 3:
-        return _Named(_DENSE)
+        return Named(_DENSE)
     if name not in _KERNELS or (axes > 2 and _UNTOLD.match(module)):
         return _UNKNOWN
     if axes > 2 and (module in _INTO or module in _OUT):
@@ -205,8 +219,8 @@ def _named(
         if of_heads is None:
             return _UNKNOWN
         if of_heads:
-            return _Named(_INTO_HEADS if module in _INTO else _OUT_OF_HEADS)
-    return _Named(_DENSE)
+            return Named(_INTO_HEADS if module in _INTO else _OUT_OF_HEADS)
+    return Named(_DENSE)
 
 
 def _fits_heads(names: Path, shapes: dict[Path, tuple[int, ...]]) -> bool | None:
@@ -220,7 +234,10 @@ def _fits_heads(names: Path, shapes: dict[Path, tuple[int, ...]]) -> bool | None
     value = siblings["value"] or siblings["v_proj"] or into
     out = siblings["out"] or siblings["o_proj"]
     if into is None or out is None or len(into) < 3 or len(out) < 3:
-        return True if names[-2] in ("query", "key", "value", "out") else None
+        if names[-2] in ("query", "key", "value", "out"):
+            return True
+        shape = shapes[names]
+        return False if len(shape) == 3 and shape[0] <= min(shape[1:]) else None
     if into[-2:] == out[-3:-1] or (value and value[-2:] == out[-3:-1]):
         return True
     is_stack = len(into) == len(out) == 3 and into[0] == out[0]

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray, PyTree
 
 from apollo_optax._arguments import require_one_of, require_positive_integer
 from apollo_optax._matrices import ApolloDimensionNumbers
-from apollo_optax._names import transformer_dimension_numbers
+from apollo_optax._names import by_name
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax._placement import call_on_automatic_axes
 from apollo_optax._rounding import (
@@ -105,13 +105,8 @@ def contracted_axes(params: PyTree) -> PyTree:
       {'embed': {'embedding': -1}, 'mlp': {'bias': None, 'kernel': -2}}
     """
     named, treedef = named_leaves(params, is_leaf=_is_quantized)
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in named]
-    specs = treedef.flatten_up_to(
-        transformer_dimension_numbers(treedef.unflatten(shapes), project_embeddings=True)
-    )
-    axes = [
-        _contracted_axis(path, leaf, spec) for (path, leaf), spec in zip(named, specs, strict=True)
-    ]
+    found = by_name(named, project_embeddings=True)
+    axes = [_contracted_axis(path, leaf, found[path].spec) for path, leaf in named]
     return treedef.unflatten(axes)
 
 

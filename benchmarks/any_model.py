@@ -29,6 +29,7 @@ from apollo_optax import (
     transformer_dimension_numbers,
 )
 from apollo_optax._matrices import axes_of_each_leaf, low_rank_shape
+from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import named_arrays, nest
 from benchmarks.rows import RESULTS, Row, write_rows
 
@@ -308,7 +309,7 @@ def measure(name: str) -> Row:
     ways = {
         "model": axes_of(inferred),
         "names": axes_of(transformer_dimension_numbers(params)),
-        "default": axes_of(None),
+        "default": axes_of(default_dimension_numbers),
     }
     with_axes = [path for path, leaf in leaves.items() if leaf.ndim > 1]
 

@@ -24,7 +24,7 @@ WARMUP_FRACTION = PRESETS["nano"].warmup_fraction
 _ALPHAS = {"adamw": 1.0, "apollo": 1.0, "apollo_mini": PRESETS["nano"].alpha_mini}
 _RATES: dict[optimizers.OptimizerName, tuple[float, ...]] = {
     "adamw": (1e-3, 2e-3, 4e-3),
-    "apollo": (1e-2, 2e-2, 4e-2),
+    "apollo": (5e-3, 1e-2, 2e-2, 4e-2),
     "apollo_mini": (2e-2, 4e-2, 8e-2),
 }
 # For how long to warm up: (learning rate, alpha, part of the steps), of runs with more data.

@@ -1,22 +1,18 @@
+import importlib.util
 import os
 from collections.abc import Iterator
 
-import beartype
 import jax
 import jaxtyping
 import pytest
 
 # Shapes and dtypes that the annotations state hold in every call, where no test gives wrong ones.
 CHECKED = ("_generator", "_limiter", "_matrices", "_placement", "_projections", "experimental")
-jaxtyping.install_import_hook(
-    [f"apollo_optax.{name}" for name in CHECKED], "tests.conftest.check_types"
-)
-
-
-def check_types(function):
-    """As Python's numeric tower has it: an int where a float is expected."""
-    return beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)
-
+if importlib.util.find_spec("beartype"):  # it comes with the [test] extra
+    importlib.import_module("tests.typecheck")
+    jaxtyping.install_import_hook(
+        [f"apollo_optax.{name}" for name in CHECKED], "tests.typecheck.check_types"
+    )
 
 # For what runs on meshes; everything else is on the first. Eight cost a worker half a second.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -413,7 +413,9 @@ SHARDS = {
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("shard", slow_but(("fsdp",), SHARDS))
+@pytest.mark.parametrize(
+    "shard", ["fsdp", pytest.param("data_parallel", marks=pytest.mark.release)]
+)
 def test_gradients_of_a_block_are_reduced_before_the_next_ones_exist(shard):
     tx = OPTIMIZERS["apollo_mini"]()
     options = {"target": "cpu:8", "sizes": {"data": 8}, "shard": SHARDS[shard]}
@@ -432,8 +434,14 @@ def test_gradients_of_a_block_are_reduced_before_the_next_ones_exist(shard):
         assert total > block_bytes
 
 
-@pytest.mark.parametrize("name", slow_but(("apollo_mini",), ("apollo_mini", "adamw")))
-@pytest.mark.parametrize("shard", slow_but(("fsdp",), SHARDS))
+@pytest.mark.parametrize(
+    ("shard", "name"),
+    [
+        pytest.param("fsdp", "apollo_mini", marks=pytest.mark.slow),
+        ("fsdp", "adamw"),
+        pytest.param("data_parallel", "apollo_mini", marks=pytest.mark.release),
+    ],
+)
 def test_sharded_over_devices_it_trains_as_on_one(shard, name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = OPTIMIZERS[name]()

@@ -515,7 +515,12 @@ STEPS = 9  # one more than until the second projection
 ON_MESHES = pytest.mark.parametrize(
     ("name", "axis_type"),
     [("two_axes", AxisType.Explicit)]
-    + [pytest.param(name, AxisType.Auto, marks=pytest.mark.slow) for name in MESHES],
+    + [pytest.param("two_axes", AxisType.Auto, marks=pytest.mark.slow)]
+    + [
+        pytest.param(name, AxisType.Auto, marks=pytest.mark.release)
+        for name in MESHES
+        if name != "two_axes"
+    ],
 )
 
 

@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 
 from apollo_optax._arguments import require_callable
 from apollo_optax._matrices import ApolloDimensionNumbers
-from apollo_optax._names import transformer_dimension_numbers
-from apollo_optax._paths import Path, lookup, named_leaves, nest, spell
+from apollo_optax._names import by_name
+from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax.dimension_numbers import _trace, _values
 from apollo_optax.dimension_numbers._values import BATCH, OUTPUT, REDUCTION, Facts, Value
 
@@ -229,9 +229,8 @@ def _spec(reduction: list[int], output: list[int]) -> ApolloDimensionNumbers:
 
 
 def _specs_by_name(named: list[tuple[Path, Any]]) -> dict[Path, ApolloDimensionNumbers | None]:
-    arrays = {path: leaf for path, leaf in named if hasattr(leaf, "ndim")}
-    specs = transformer_dimension_numbers(nest(arrays.items()))
-    return {path: lookup(specs, path) for path in arrays}
+    found = by_name((path, leaf) for path, leaf in named if hasattr(leaf, "ndim"))
+    return {path: of_leaf.spec if of_leaf.certain else None for path, of_leaf in found.items()}
 
 
 def _warn_of_unknown(unknown: list[tuple[Path, Any, str]], by_name: dict[Path, Any]) -> None:

@@ -33,7 +33,7 @@ OptimizerName = Literal[
 ProjectionName = Literal["gaussian", "rademacher", "svd"]
 
 DEFAULT_LEARNING_RATES: dict[str, float] = {
-    "apollo": 2e-2,
+    "apollo": 1e-2,
     "apollo_mini": 4e-2,
     "adamw": 2e-3,
     "adafactor": 8e-2,

@@ -25,14 +25,7 @@ def test_rows_written_together_name_this_machine(tmp_path: Path) -> None:
     assert [row["machine"] for row in read_rows(path)] == [machine()] * 2
 
 
-def of_results(path: Path) -> object:
-    # Fails as soon as a run with its machine takes the place of this one.
-    unknown = pytest.mark.xfail(strict=True, reason="made before runs named their machine")
-    marks = [unknown] if path.name == "nano_comparison.json" else []
-    return pytest.param(path, id=path.stem, marks=marks)
-
-
-@pytest.mark.parametrize("path", [of_results(path) for path in sorted(RESULTS.glob("*.json"))])
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_committed_row_names_its_machine_and_versions(path: Path) -> None:
     results = json.loads(path.read_text(encoding="utf-8"))
     rows = results.get("rows") or results["runs"]

@@ -8,8 +8,8 @@ import pytest
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER.parent / "conftest.py", *sorted(FOLDER.glob("*.py"))]
-# NumPy and SciPy come with JAX, Abseil with Optax.
-ALLOWED = {"absl", "apollo_optax", "chex", "jax", "numpy", "optax", "pytest", "scipy"}
+# NumPy and SciPy come with JAX, Abseil with Optax, Jaxtyping with this project.
+ALLOWED = {"absl", "apollo_optax", "chex", "jax", "jaxtyping", "numpy", "optax", "pytest", "scipy"}
 
 
 def imported(path: Path) -> set[str]:
