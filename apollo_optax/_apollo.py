@@ -259,10 +259,10 @@ def scale_by_apollo(
       mu_dtype: Dtype the first moment is kept in.
       weight_dimension_numbers: Which axes make a matrix: None (by names, as in
         `transformer_dimension_numbers`, and any other leaf with two axes is a matrix; one with more
-        is trained with Adam and warned of), one `ApolloDimensionNumbers` for every
-        leaf with at least two axes, a tree of them (Muon's and GaLore's are taken too) with None
-        for leaves left to Adam, or a function of the parameters that returns one, such as
-        `transformer_dimension_numbers`.
+        is trained with Adam and warned of), one `ApolloDimensionNumbers` for every leaf with at
+        least two axes, a tree of them (Muon's and GaLore's are taken too) with None for leaves left
+        to Adam, such as `infer_dimension_numbers` returns, or a function of the parameters that
+        returns a tree, such as `transformer_dimension_numbers`.
       implementation: How moments, factors and norms of a matrix are computed. None means by XLA.
         `apollo_optax.experimental` has kernels that read a gradient once less, and raise where they
         cannot be used.
