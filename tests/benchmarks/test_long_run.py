@@ -5,7 +5,7 @@ import pytest
 from benchmarks.long_run import PARTS, long_run
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_every_part_of_the_steps_is_measured(tmp_path: Path) -> None:
     row = long_run(tmp_path, "bf16", 2000)
     assert len(row["validation_loss"]) == len(row["step_milliseconds"]) == PARTS
