@@ -158,19 +158,25 @@ def by_name(
     layers_axis: int | None = None,
 ) -> dict[Path, Named]:
     """What the name of each leaf says."""
-    leaves = dict(named)
-    words = {path: _words(path) for path in leaves}
-    shapes = {words[path]: tuple(leaf.shape) for path, leaf in leaves.items()}
+    leaves = [(path, _words(path), tuple(leaf.shape)) for path, leaf in named]
+    axes = {
+        names: layers_axis % len(shape)
+        for _, names, shape in leaves
+        if layers_axis is not None
+        and len(shape) > 1
+        and any(_LAYERS.fullmatch(name) for name in names[:-1])
+    }
+    # Of one layer, as the names are.
+    shapes = {
+        names: shape if (axis := axes.get(names)) is None else shape[:axis] + shape[axis + 1 :]
+        for _, names, shape in leaves
+    }
     found = {}
-    for path, names in words.items():
-        shape = shapes[names]
-        if layers_axis is None or not any(_LAYERS.fullmatch(name) for name in names[:-1]):
-            found[path] = _named(names, shape, shapes, project_embeddings)
-            continue
-        axis = layers_axis % max(len(shape), 1)
-        without = {n: s[:axis] + s[axis + 1 :] for n, s in shapes.items()}
-        one = _named(names, without[names], without, project_embeddings)
-        found[path] = one._replace(spec=one.spec and _with_axis(one.spec, axis, len(shape)))
+    for path, names, shape in leaves:
+        one = _named(names, shapes[names], shapes, project_embeddings)
+        if one.spec and names in axes:
+            one = one._replace(spec=_with_axis(one.spec, axes[names], len(shape)))
+        found[path] = one
     return found
 
 
@@ -201,7 +207,8 @@ def _named(
         ("output", "kernel"),
         ("params", "output", "kernel"),
     )
-    if is_head or any(_VOCABULARIES.fullmatch(part) for part in names):
+    # Of the leaf or its module: what stands deeper, as in `time_embedding`, is a layer.
+    if is_head or any(_VOCABULARIES.fullmatch(part) for part in names[-2:]):
         return Named(_DENSE if vocabulary and axes == 2 else None)
     if name in _EINSUMS or (module in _EINSUMS and name == "w"):
         spec = _EINSUMS[name if name in _EINSUMS else module]

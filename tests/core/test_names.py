@@ -74,6 +74,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder__posembed_output__pos_embedding": ((1, 32, 64), None, None),
         "decoder__shared_embedding__embedding": ((100, 64), None, None),
     },
+    "diffusion": {
+        "time_embedding__linear_1__kernel": ((64, 128), (0,), (1,)),
+        "y_embedder__embedding_table__embedding": ((100, 64), None, None),
+    },
     "haiku": {"mlp/linear__w": ((64, 128), (0,), (1,)), "mlp/linear__b": ((128,), None, None)},
     "equinox": {"mlp__weight": ((128, 64), (0,), (1,)), "embedding__weight": ((9, 64), None, None)},
     "flattened": {"blocks/mlp/kernel": ((64, 128), (0,), (1,))},
