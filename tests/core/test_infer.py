@@ -189,7 +189,7 @@ def branches_and_while(params, x):
     return x @ params["head"]
 
 
-@model(
+lora = model(
     {"w": shape(8, 16), "a": shape(8, 2), "b": shape(2, 16), "head": shape(16, 2)},
     shape(2, 8),
     w=matrix(0, 1),
@@ -197,18 +197,14 @@ def branches_and_while(params, x):
     b=matrix(0, 1),
     head=VOCABULARY,
 )
+
+
+@lora
 def lora_merged(params, x):
     return jax.nn.relu(x @ (params["w"] + params["a"] @ params["b"])) @ params["head"]
 
 
-@model(
-    {"w": shape(8, 16), "a": shape(8, 2), "b": shape(2, 16), "head": shape(16, 2)},
-    shape(2, 8),
-    w=matrix(0, 1),
-    a=matrix(0, 1),
-    b=matrix(0, 1),
-    head=VOCABULARY,
-)
+@lora
 def lora_beside(params, x):
     x = jax.nn.relu(x @ params["w"] + x @ params["a"] @ params["b"] * 0.5)
     return x @ params["head"]
