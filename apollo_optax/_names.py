@@ -159,23 +159,25 @@ def by_name(
 ) -> dict[Path, Named]:
     """What the name of each leaf says."""
     leaves = [(path, _words(path), tuple(leaf.shape)) for path, leaf in named]
-    axes = {
-        names: layers_axis % len(shape)
-        for _, names, shape in leaves
-        if layers_axis is not None
-        and len(shape) > 1
-        and any(_LAYERS.fullmatch(name) for name in names[:-1])
-    }
+
+    def stacked_axis(names: Path, shape: tuple[int, ...]) -> int | None:
+        is_stacked = any(_LAYERS.fullmatch(name) for name in names[:-1])
+        return (
+            layers_axis % len(shape) if layers_axis is not None and is_stacked and shape else None
+        )
+
+    axes = {path: stacked_axis(names, shape) for path, names, shape in leaves}
     # Of one layer, as the names are.
-    shapes = {
-        names: shape if (axis := axes.get(names)) is None else shape[:axis] + shape[axis + 1 :]
-        for _, names, shape in leaves
+    of_layer = {
+        path: shape if (axis := axes[path]) is None else shape[:axis] + shape[axis + 1 :]
+        for path, _, shape in leaves
     }
+    siblings = {names: of_layer[path] for path, names, _ in leaves}
     found = {}
     for path, names, shape in leaves:
-        one = _named(names, shapes[names], shapes, project_embeddings)
-        if one.spec and names in axes:
-            one = one._replace(spec=_with_axis(one.spec, axes[names], len(shape)))
+        one = _named(names, of_layer[path], siblings, project_embeddings)
+        if one.spec and (axis := axes[path]) is not None:
+            one = one._replace(spec=_with_axis(one.spec, axis, len(shape)))
         found[path] = one
     return found
 
@@ -222,7 +224,7 @@ def _named(
     if name not in _KERNELS or (axes > 2 and _UNTOLD.match(module)):
         return _UNKNOWN
     if axes > 2 and (module in _INTO or module in _OUT):
-        of_heads = _fits_heads(names, shapes)
+        of_heads = _fits_heads(names, shape, shapes)
         if of_heads is None:
             return _UNKNOWN
         if of_heads:
@@ -230,7 +232,9 @@ def _named(
     return Named(_DENSE)
 
 
-def _fits_heads(names: Path, shapes: dict[Path, tuple[int, ...]]) -> bool | None:
+def _fits_heads(
+    names: Path, shape: tuple[int, ...], shapes: dict[Path, tuple[int, ...]]
+) -> bool | None:
     """Whether attention kernels have axes of heads: `out` has those of the query or value.
 
     None if they fit neither as heads nor as stacked (in, out).
@@ -243,7 +247,6 @@ def _fits_heads(names: Path, shapes: dict[Path, tuple[int, ...]]) -> bool | None
     if into is None or out is None or len(into) < 3 or len(out) < 3:
         if names[-2] in ("query", "key", "value", "out"):
             return True
-        shape = shapes[names]
         return False if len(shape) == 3 and shape[0] <= min(shape[1:]) else None
     if into[-2:] == out[-3:-1] or (value and value[-2:] == out[-3:-1]):
         return True

@@ -168,3 +168,9 @@ def test_a_rank_that_saves_nothing_is_said():
         jax.eval_shape(tx.init, params)
     with warnings.catch_warnings(action="error"):
         jax.eval_shape(apollo(0.01, 8, weight_dimension_numbers=wide).init, params)
+
+
+def test_paths_that_read_the_same_keep_their_own_shapes():
+    params = {"a/w": jnp.zeros((4, 8)), "a": {"w": jnp.zeros(4)}}
+    specs = transformer_dimension_numbers(params)
+    assert specs == {"a/w": ApolloDimensionNumbers(-2, -1), "a": {"w": None}}

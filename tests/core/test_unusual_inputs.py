@@ -286,3 +286,18 @@ def test_tree_map_params_takes_a_tree_like_the_parameters(projection):
     mapped = optax.tree_map_params(tx, lambda _, spec: spec, tx.init(params), specs)
     for field in ("mu", "nu", "norm"):
         assert getattr(mapped[0], field) == specs
+
+
+def test_a_projection_of_ones_own_may_keep_state():
+    def first_rows(G, rank):
+        """Follows the sign of the gradient that it was taken from."""
+        eye = jnp.eye(rank, G.shape[-2], dtype=jnp.float32)
+        return eye * jnp.sign(G[..., :1, :1])
+
+    first_rows.keeps_state = True  # type: ignore[attr-defined]
+    tx = scale_by_apollo(2, 2, projection=first_rows)
+    state, kept = tx.init({"w": jnp.ones((4, 8))}), []
+    for sign in (1.0, -1.0, -1.0):
+        _, state = jax.jit(tx.update)({"w": jnp.full((4, 8), sign)}, state)
+        kept.append(np.asarray(state.projection["w"]))
+    np.testing.assert_array_equal(kept, [np.eye(2, 4), np.eye(2, 4), -np.eye(2, 4)])
