@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from apollo_optax._arguments import (
     require_callable,
+    require_hashable,
     require_number,
     require_one_of,
     require_positive_integer,
@@ -53,9 +54,10 @@ from apollo_optax._projections import (
 # (R_tilde, R), both (rank, *channel), to one factor a channel.
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
-# (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
 # A leaf or leaves of fewer weights take a few megabytes of state at most.
 _MANY_WEIGHTS = 1 << 20
+_CHILD = "array"
+# (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
 Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 
 
@@ -95,8 +97,9 @@ class MatrixState(NamedTuple):
     norm: Array
 
 
+@jax.tree_util.register_pytree_node_class
 class Hyperparameters(NamedTuple):
-    """The numbers of `scale_by_apollo`."""
+    """The numbers of `scale_by_apollo`: constants of the program, but those that are arrays."""
 
     b1: ArrayLike
     b2: ArrayLike
@@ -104,7 +107,19 @@ class Hyperparameters(NamedTuple):
     scale: ArrayLike
     norm_growth_limit: ArrayLike | None
 
+    def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
+        """Arrays are children; None, and what Python computes with exactly, is structure."""
+        structure = tuple(x if isinstance(x, float | int | None) else _CHILD for x in self)
+        return [x for x in self if not isinstance(x, float | int | None)], structure
 
+    @classmethod
+    def tree_unflatten(cls, structure: tuple[Any, ...], children: Any) -> "Hyperparameters":
+        """The inverse."""
+        arrays = iter(children)
+        return cls(*(next(arrays) if x is _CHILD else x for x in structure))
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "granularity", "implementation"))
 def apollo_update(
     G: Float[Array, "*leaf"],
     P: Float[Array, "*batch rank dim"],
@@ -116,6 +131,8 @@ def apollo_update(
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*leaf"], MatrixState]:
     """One step of Algorithm 1 (Zhu et al., 2025) for every matrix of a leaf.
+
+    Leaves of one shape are traced once, and without `jax.jit` around it a step is compiled too.
 
     Args:
       G: Gradient.
@@ -158,6 +175,7 @@ def apollo_update(
     return jnp.asarray(U, G.dtype), MatrixState(mu, nu, remembered.astype(state.norm.dtype))
 
 
+@jax.jit
 def adam_update(
     g: Float[Array, "*leaf"],
     state: MatrixState,
@@ -310,12 +328,14 @@ def scale_by_apollo(
     require_key("key", key)
     if implementation is not None:
         require_callable("implementation", implementation, "of apollo_optax.experimental")
+    for name, value in {"projection": projection, "granularity": granularity}.items():
+        require_hashable(name, value)
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
         raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
     stores_projections = keeps_state(projection)
     # A narrower scalar would make all that it is multiplied with as narrow.
     hyper = jax.tree.map(
-        lambda x: x if isinstance(x, float | int) else jnp.asarray(x, wide(jnp.asarray(x).dtype)),
+        lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)),
         Hyperparameters(b1, b2, eps, scale, norm_growth_limit),
     )
 

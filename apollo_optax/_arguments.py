@@ -1,7 +1,7 @@
 """Checks arguments at construction; an error names the argument, its value and what is allowed."""
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
@@ -92,6 +92,14 @@ def require_callable(name: str, value: Any, signature: str) -> None:
     if not callable(value):
         raise TypeError(
             f"{name} must be a function {signature}, got {value!r} ({type(value).__name__})."
+        )
+
+
+def require_hashable(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` can be part of the key of a compiled program."""
+    if not isinstance(value, Hashable):
+        raise TypeError(
+            f"{name} must be hashable, got {value!r}. A dataclass is with frozen=True or eq=False."
         )
 
 

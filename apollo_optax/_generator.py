@@ -4,8 +4,9 @@ The projections are drawn at every step and never stored, so that their generato
 the update. `benchmarks/generator.py` has both side by side.
 """
 
-import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,29 +89,19 @@ def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> A
     return value
 
 
-def stored_words(
-    key: PRNGKeyArray, stream: Int[ArrayLike, ""], rows: int, columns: int
-) -> tuple[UInt32[Array, "rows columns"], UInt32[Array, "rows columns"]]:
-    """`random_words` that a CPU keeps; it would make them again for each of their uses.
+def stored(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, whose result a CPU keeps; it would be computed again for each of its uses.
 
     XLA's CPU compiler drops optimization barriers before it fuses, but not a call that it may not
     put in line.
     """
 
-    def call(key: PRNGKeyArray, stream: ArrayLike) -> tuple[Array, Array]:
+    def in_line(*args: Any) -> Any:
+        with set_xla_metadata(inlineable=None):  # the call only, not what it calls
+            return function(*args)
+
+    def call(*args: Any) -> Any:
         with set_xla_metadata(inlineable="false"):
-            return _words_in_line(key, stream, rows, columns)
+            return jax.jit(in_line)(*args)
 
-    def in_line(key: PRNGKeyArray, stream: ArrayLike) -> tuple[Array, Array]:
-        return random_words(key, stream, rows, columns)
-
-    return jax.lax.platform_dependent(key, stream, cpu=call, default=in_line)
-
-
-# Not within `stored_words`, where outside of `jax.jit` every call would compile it again.
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _words_in_line(
-    key: PRNGKeyArray, stream: ArrayLike, rows: int, columns: int
-) -> tuple[Array, Array]:
-    with set_xla_metadata(inlineable=None):  # the call only, not what it calls
-        return random_words(key, stream, rows, columns)
+    return jax.lax.platform_dependent(*args, cpu=call, default=function)

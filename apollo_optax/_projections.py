@@ -1,5 +1,6 @@
 """Draws the projection P of a matrix's smaller side."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PRNGKeyArray
 
-from apollo_optax._generator import normal_of_words, stored_words
+from apollo_optax._generator import normal_of_words, random_words, stored
 from apollo_optax._matrices import MatrixAxes, matrices_of
 from apollo_optax._paths import Path, stable_hash
 
@@ -33,6 +34,7 @@ class Projection(Protocol):
         ...
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def gaussian(
     key: PRNGKeyArray, refresh: Int[ArrayLike, ""], rank: int, dim: int
 ) -> Float[Array, "rank dim"]:
@@ -53,7 +55,8 @@ def gaussian(
       >>> gaussian(jax.random.key(0), 0, rank=4, dim=10).shape
       (4, 10)
     """
-    u, v = stored_words(key, refresh, -(-rank // 2), dim)
+    draw = functools.partial(random_words, rows=-(-rank // 2), columns=dim)
+    u, v = stored(draw, key, refresh)
     half = jax.lax.broadcasted_iota(jnp.uint32, (2, *u.shape), 0)
     entries = normal_of_words(
         jnp.broadcast_to(u, half.shape), jnp.broadcast_to(v, half.shape) + (half << 30)
@@ -61,6 +64,7 @@ def gaussian(
     return entries.reshape(-1, dim)[:rank] * jnp.float32(rank**-0.5)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def rademacher(
     key: PRNGKeyArray, refresh: Int[ArrayLike, ""], rank: int, dim: int
 ) -> Float[Array, "rank dim"]:
@@ -75,7 +79,9 @@ def rademacher(
       >>> bool((abs(P) == 0.5).all())
       True
     """
-    words = jnp.concatenate(stored_words(key, refresh, -(-rank // (2 * _BITS_PER_WORD)), dim))
+    rows = -(-rank // (2 * _BITS_PER_WORD))
+    draw = functools.partial(random_words, rows=rows, columns=dim)
+    words = jnp.concatenate(stored(draw, key, refresh))
     shifts = jnp.arange(_BITS_PER_WORD, dtype=jnp.uint32)
     bits = (words[:, None, :] >> shifts[None, :, None]) & 1
     bits = bits.reshape(-1, dim)[:rank]
@@ -147,9 +153,6 @@ def draw_projections(
     for shape, of_shape in itertools.groupby(in_order, key=in_order.__getitem__):
         (*batch, rank, dim), paths = shape, tuple(of_shape)
 
-        def draw(key: PRNGKeyArray, rank: int = rank, dim: int = dim) -> Array:
-            return projection(key, refresh, rank, dim)
-
         together = 1 if batch else max(1, _TOGETHER_BYTES // (4 * rank * dim))
         for first_path in range(0, len(paths), together):
             some = paths[first_path : first_path + together]
@@ -157,10 +160,27 @@ def draw_projections(
             if rank == dim:
                 P = jnp.broadcast_to(jnp.eye(dim, dtype=jnp.float32), (len(some), *shape))
             else:
-                P = jax.vmap(draw)(keys[start:end]).reshape(len(some), *shape)
+                P = _draw(projection, keys[start:end], refresh, rank, dim)
+                P = P.reshape(len(some), *shape)
             drawn |= zip(some, P, strict=True)
     # Drawn once, not again for each tile of the product.
     return {path: jax.lax.optimization_barrier(P) for path, P in drawn.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("projection", "rank", "dim"))
+def _draw(
+    projection: Projection,
+    keys: Key[Array, " matrices"],
+    refresh: Int[Array, ""],
+    rank: int,
+    dim: int,
+) -> Float[Array, "matrices rank dim"]:
+    """P of each key. Traced once for all steps, and for all leaves of a size."""
+
+    def of_each(keys: Key[Array, " matrices"], refresh: Int[Array, ""]) -> Array:
+        return jax.vmap(lambda key: projection(key, refresh, rank, dim))(keys)
+
+    return stored(of_each, keys, refresh)
 
 
 def refit_projections(

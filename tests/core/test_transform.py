@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -427,6 +428,12 @@ def test_state_of_another_shape_is_refused():
         tx.update({"w": jnp.zeros((6, 12))}, state)
 
 
+@dataclasses.dataclass
+class Unhashable:
+    def __call__(self, *args):
+        return args
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
@@ -449,6 +456,8 @@ def test_state_of_another_shape_is_refused():
         ({"norm_growth_limit": 1}, ValueError, "norm_growth_limit must be .*> 1, got 1"),
         ({"norm_growth_limit": True}, TypeError, "norm_growth_limit"),
         ({"projection": "gaussian"}, TypeError, "projection must be a function"),
+        ({"projection": Unhashable()}, TypeError, "projection must be hashable"),
+        ({"granularity": Unhashable()}, TypeError, "granularity must be hashable"),
         ({"key": 0.5}, TypeError, "key must be an int seed or a key"),
         ({"mu_dtype": jnp.int8}, TypeError, "mu_dtype"),
     ],
