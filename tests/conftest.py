@@ -20,6 +20,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets the default tier compile faster: each program in one piece, by XLA's older emitters."""
+    if "not slow" in config.getoption("markexpr"):
+        flags = " --xla_cpu_parallel_codegen_split_count=1"
+        if jax.__version_info__ < (0, 11, 1):  # later ones do not have them
+            flags += " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
+
+
 @pytest.fixture(autouse=True)
 def no_rank_promotion():
     """Silent broadcasting between different numbers of axes is an error in our own code."""

@@ -16,7 +16,11 @@ from apollo_optax.planning._plan import compile_update
 pytestmark = pytest.mark.optimized
 
 LAST_TWO = ApolloDimensionNumbers(-2, -1)
-CHIPS = [pytest.param(chip, marks=pytest.mark.planning) for chip in ("tpu-v5e", "a100-80gb")]
+TARGETS = [
+    pytest.param("cpu", marks=pytest.mark.slow),
+    pytest.param("tpu-v5e", marks=pytest.mark.planning),
+    pytest.param("a100-80gb", marks=pytest.mark.planning),
+]
 _COPY = re.compile(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy|copy-start)\(")
 
 
@@ -28,7 +32,7 @@ def compiled_update(
     return compile_update(optimizer, params, target).as_text() or ""
 
 
-@pytest.mark.parametrize("target", ["cpu", *CHIPS])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("rank", "granularity"), [(1, "tensor"), (64, "channel")])
 @pytest.mark.parametrize("shape", [(1, 512, 1536), (1, 1536, 512), (2, 512, 1536), (2, 1536, 512)])
 def test_no_gradient_is_transposed_or_copied(target, rank, granularity, shape):
@@ -58,7 +62,10 @@ def test_a_kernel_saves_a_read_of_the_gradient(target, rank, kernel, shape):
 
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("cpu", 5), pytest.param("tpu-v5e", 4, marks=pytest.mark.planning)],
+    [
+        pytest.param("cpu", 5, marks=pytest.mark.slow),
+        pytest.param("tpu-v5e", 4, marks=pytest.mark.planning),
+    ],
 )
 def test_weight_decay_and_schedule_are_applied_in_the_same_pass(target, words):
     """Gradient twice (on a CPU norm and projection are two reads), weight in and out."""

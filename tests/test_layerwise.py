@@ -388,7 +388,8 @@ def assert_peak_is_one_blocks(target, name, **options):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", slow_but(("apollo_mini",), ("apollo_mini", "sgd")))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["apollo_mini", "sgd"])
 def test_peak_has_no_second_copy_of_the_weights_and_no_gradient_of_many_blocks(name):
     assert_peak_is_one_blocks("cpu", name)
 
@@ -413,6 +414,7 @@ SHARDS = {
 
 
 @pytest.mark.optimized
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shard", ["fsdp", pytest.param("data_parallel", marks=pytest.mark.release)]
 )

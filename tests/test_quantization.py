@@ -495,6 +495,7 @@ def test_qarrays_of_qwix_are_read_and_its_int8_is_trained():
 
 
 @pytest.mark.optimized
+@pytest.mark.slow
 def test_no_float_copy_of_the_weights_is_made():
     params = {str(i): {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)} for i in range(8)}
     updates = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)

@@ -723,7 +723,8 @@ each_spec = pytest.mark.parametrize("spec", COMPILED_SPECS.values(), ids=COMPILE
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("rank", [32, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@both_ranks
 @each_spec
 def test_no_gradient_is_gathered(spec, rank):
     """Each specification at both ranks, with two of the shapes; on chips with all."""

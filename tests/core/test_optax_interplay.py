@@ -255,6 +255,7 @@ def test_vmap_over_seeds_and_learning_rates():
 
 
 @pytest.mark.optimized
+@pytest.mark.slow
 def test_donated_state_and_parameters_are_updated_in_place():
     tx = apollo_mini(0.01)
 
