@@ -313,25 +313,8 @@ def scale_by_apollo(
     projection = gaussian if projection is None else projection
     if weight_dimension_numbers is None:
         weight_dimension_numbers = default_dimension_numbers
-    require_positive_integer("rank", rank)
-    require_positive_integer("update_proj_gap", update_proj_gap)
-    require_number("scale", scale, above=0)
-    if not callable(granularity):
-        otherwise = " or a function (R_tilde, R) -> factors"
-        require_one_of("granularity", granularity, ("channel", "tensor"), otherwise=otherwise)
-    require_number("b1", b1, at_least=0, below=1, precise=True)
-    require_number("b2", b2, at_least=0, below=1, precise=True)
-    require_number("eps", eps, above=0, precise=True)
-    if norm_growth_limit is not None:
-        require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
-    require_callable("projection", projection, "(key, refresh, rank, dim) -> float32 (rank, dim)")
-    require_key("key", key)
-    if implementation is not None:
-        require_callable("implementation", implementation, "of apollo_optax.experimental")
-    for name, value in {"projection": projection, "granularity": granularity}.items():
-        require_hashable(name, value)
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
+    _require_settings(rank, update_proj_gap, granularity, projection, key, mu_dtype, implementation)
+    _require_numbers(Hyperparameters(b1, b2, eps, scale, norm_growth_limit))
     stores_projections = keeps_state(projection)
     # A narrower scalar would make all that it is multiplied with as narrow.
     hyper = jax.tree.map(
@@ -416,6 +399,40 @@ def scale_by_apollo(
     tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
     # As an argument: injected hyperparameters are traced, and have types of their own.
     return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
+
+
+def _require_numbers(hyper: Hyperparameters) -> None:
+    b1, b2, eps, scale, norm_growth_limit = hyper
+    require_number("b1", b1, at_least=0, below=1, precise=True)
+    require_number("b2", b2, at_least=0, below=1, precise=True)
+    require_number("eps", eps, above=0, precise=True)
+    require_number("scale", scale, above=0)
+    if norm_growth_limit is not None:
+        require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
+
+
+def _require_settings(
+    rank: int,
+    update_proj_gap: int,
+    granularity: Granularity,
+    projection: Callable[..., Array],
+    key: int | PRNGKeyArray,
+    mu_dtype: Any,
+    implementation: Implementation | None,
+) -> None:
+    require_positive_integer("rank", rank)
+    require_positive_integer("update_proj_gap", update_proj_gap)
+    if not callable(granularity):
+        otherwise = " or a function (R_tilde, R) -> factors"
+        require_one_of("granularity", granularity, ("channel", "tensor"), otherwise=otherwise)
+    require_callable("projection", projection, "(key, refresh, rank, dim) -> float32 (rank, dim)")
+    for name, value in {"projection": projection, "granularity": granularity}.items():
+        require_hashable(name, value)
+    require_key("key", key)
+    if implementation is not None:
+        require_callable("implementation", implementation, "of apollo_optax.experimental")
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
 
 
 def _warn_of_whole_ranks(

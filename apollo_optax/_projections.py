@@ -16,7 +16,7 @@ from apollo_optax._paths import Path, stable_hash
 
 _BITS_PER_WORD = 32
 # Projections of one shape are drawn together up to this size: what it may add to the peak.
-_TOGETHER_BYTES = 1 << 24
+_TOGETHER_BYTES = 1 << 26
 
 
 @runtime_checkable

@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "convergence_rates": convergence.rates_table,
     "convergence_sweeps": convergence.sweep_table,
     "convergence_step_time": convergence_step_time.table,
+    "compile_time": scaling.target_table,
     "cpu_memory_cap": cpu_memory_cap.table,
     "data_parallel_13b": data_parallel_13b.table,
     "fine_tuning": fine_tuning.table,

@@ -196,9 +196,8 @@ PRESETS: dict[str, PaperSettings] = {
     "nano": PaperSettings(
         steps=400,
         rank=32,
-        sequences_per_batch=16,
+        sequences_per_batch=8,
         sequence_length=128,
-        micro_batches=2,
         warmup_fraction=0.3,
         alpha_mini=2.8,
         dtype="float32",
@@ -210,8 +209,7 @@ PRESETS: dict[str, PaperSettings] = {
     "7b": PaperSettings(steps=150_000, rank=256, alpha_apollo=0.5),
 }
 """Settings by the name of the model: the paper's own where it reports a run, and for `nano` the
-same recipe cut down to 400 steps of 2,048 tokens, in micro-batches whose activations a CPU
-allocates at less cost. Its warm-up and alphas are from
+same recipe cut down to 400 steps of 1,024 tokens. Its warm-up and alphas are from
 `benchmarks/results/nano_learning_rates.json`: so short a run needs more of it for warm-up."""
 
 

@@ -123,9 +123,9 @@ def test_alpha_halves_from_1b_on():
     assert paper_settings("1b").alpha_apollo == 0.5
 
 
-def test_nano_trains_400_steps_of_2048_tokens():
+def test_nano_trains_400_steps_of_1024_tokens():
     assert paper_settings("nano").steps == 400
-    assert paper_settings("nano").tokens_per_batch == 2048
+    assert paper_settings("nano").tokens_per_batch == 1024
 
 
 @pytest.mark.parametrize("name", ["13b", "9m", "gpt2"])

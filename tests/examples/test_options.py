@@ -194,7 +194,7 @@ def test_sizes_below_one_are_named(field: str) -> None:
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch of 16 sequences .* 3 micro-batches"):
+    with pytest.raises(ValueError, match="batch of 8 sequences .* 3 micro-batches"):
         resolved("apollo", training=TrainingOptions(micro_batches=3))
 
 
@@ -231,8 +231,8 @@ def test_micro_batches_of_nano_have_eight_sequences_where_they_divide_the_batch(
 
 
 def test_layerwise_updates_make_no_micro_batches_by_default() -> None:
-    assert resolved("apollo").micro_batches == 2
-    assert resolved("apollo", training=layerwise()).micro_batches == 1
+    assert resolved("apollo", training=TrainingOptions(batch=16)).micro_batches == 2
+    assert resolved("apollo", training=layerwise(batch=16)).micro_batches == 1
 
 
 @pytest.mark.parametrize(
