@@ -25,7 +25,7 @@ _ALPHAS = {"adamw": 1.0, "apollo": 1.0, "apollo_mini": PRESETS["nano"].alpha_min
 _RATES: dict[optimizers.OptimizerName, tuple[float, ...]] = {
     "adamw": (1e-3, 2e-3, 4e-3),
     "apollo": (5e-3, 1e-2, 2e-2, 4e-2),
-    "apollo_mini": (2e-2, 4e-2, 8e-2),
+    "apollo_mini": (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1),
 }
 # For how long to warm up: (learning rate, alpha, part of the steps), of runs with more data.
 _WARMUP_STEPS, _WARMUP_SEQUENCES = 400, 32

@@ -33,8 +33,8 @@ OptimizerName = Literal[
 ProjectionName = Literal["gaussian", "rademacher", "svd"]
 
 DEFAULT_LEARNING_RATES: dict[str, float] = {
-    "apollo": 1e-2,
-    "apollo_mini": 4e-2,
+    "apollo": 2e-2,
+    "apollo_mini": 2e-2,
     "adamw": 2e-3,
     "adafactor": 8e-2,
     "lion": 1.6e-3,
