@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from apollo_optax.sharding import shardings_of
 from examples.llama import model, train
+from examples.llama.bad_steps import Outcome, cause_of
 from examples.llama.checkpoint import (
     differing_settings,
     open_checkpoints,
@@ -31,7 +32,6 @@ from examples.llama.checkpoint import (
 )
 from examples.llama.files import filled, write_text
 from examples.llama.generate import generate
-from examples.llama.health import Outcome, cause_of
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
 from examples.llama.machine import machine
@@ -479,10 +479,9 @@ class _Watch:
     def __init__(
         self, settings: RunSettings, state: train.TrainState, kept: _Kept, times: StepTimes
     ):
-        health = train.health_of(state)
-        self.skipped_in_a_row = int(health.in_a_row)
+        self.skipped_in_a_row = int(state.opt_state.in_a_row)
         self.last_cause = ""
-        self._skipped = int(health.skipped)
+        self._skipped = int(state.opt_state.skipped)
         self._taken_before_metrics = int(state.step) - self._skipped
         self._settings, self._show, self._times = settings, kept.show, times
         schedule = learning_rate_schedule(settings.optimizer)
@@ -542,7 +541,7 @@ def _result(run: Run, taken: _Taken, text: Text, options: OutputOptions) -> RunR
         state_bytes=tree_bytes(state.opt_state),
         parameter_bytes=tree_bytes(state.params),
         step_milliseconds=_step_milliseconds(run, taken.times),
-        skipped_steps=int(train.health_of(state).skipped),
+        skipped_steps=int(state.opt_state.skipped),
         sample=_sample(settings, state.params, text, options),
         machine=machine(),
     )
