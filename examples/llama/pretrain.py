@@ -22,7 +22,6 @@ from examples.llama.interruption import caught_signals
 from examples.llama.memory import advice, require_memory
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
-from examples.llama.optimizers import make_optimizer
 from examples.llama.options import (
     PretrainConfig,
     RunSettings,
@@ -87,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(PretrainConfig, _PROGRAM, arguments, _EXAMPLES)
+    resuming = _resuming_command(arguments)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(joined_processes(config.processes))
@@ -95,46 +95,45 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _answer(f"error: {error}", exit_code=2)
         except KeyboardInterrupt:
             return _answer("Aborted before the first step", exit_code=128 + signal.SIGINT)
-        return _train_and_report(plan, config, arguments)
-
-
-def _train_and_report(plan: Plan, config: PretrainConfig, arguments: Sequence[str]) -> int:
-    console = rich.console.Console(
-        highlight=False, markup=False, soft_wrap=True, quiet=not writes_files()
-    )
-    resuming = _resuming_command(arguments)
-    mesh = plan.runs[0].mesh
-    with caught_signals() as caught, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        console = rich.console.Console(
+            highlight=False, markup=False, soft_wrap=True, quiet=not writes_files()
+        )
+        caught = stack.enter_context(caught_signals())
+        if mesh := plan.runs[0].mesh:
+            stack.enter_context(jax.set_mesh(mesh))
         try:
             results = train_all(plan, config, console, caught)
-        except OSError as error:
-            return _answer(f"error: {error}. To go on: {resuming}", exit_code=1)
-        except TooManySkippedError as error:
-            return _answer(
-                f"error: {error}. To go on from it with a lower --learning-rate or another "
-                f"--seed: {resuming} --allow-changes",
-                exit_code=1,
-            )
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
-                message = f"error: out of memory: {error}; {advice(plan.runs[0].settings)}"
-                return _answer(message, exit_code=1)
-            if jax.process_count() == 1:
-                raise
-            lost_process(
-                f"error: a step of all {jax.process_count()} processes failed, so that one of "
-                f"them may have ended: {error}. To go on, start all again with --resume"
-            )
+        except (OSError, TooManySkippedError, MemoryError, jax.errors.JaxRuntimeError) as error:
+            return _answer(_explanation(error, plan, resuming), exit_code=1)
         except KeyboardInterrupt:
             console.print(f"Aborted. To go on from the last checkpoint, if any:\n{resuming}")
             return 128 + signal.SIGINT
-    if len(results) < len(plan.runs):
-        console.print(f"Stopped and saved. To go on:\n{resuming}")
-        # Of several processes, another one may have been told to stop.
-        return 128 + (caught[0] if caught else signal.SIGTERM)
-    if writes_files():
-        _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
+        if len(results) < len(plan.runs):
+            console.print(f"Stopped and saved. To go on:\n{resuming}")
+            # Of several processes, another one may have been told to stop.
+            return 128 + (caught[0] if caught else signal.SIGTERM)
+        if writes_files():
+            _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
     return 0
+
+
+def _explanation(error: Exception, plan: Plan, resuming: str) -> str:
+    """Says why training ended and how to go on; raises what is an error of the program."""
+    if isinstance(error, OSError):
+        return f"error: {error}. To go on: {resuming}"
+    if isinstance(error, TooManySkippedError):
+        return (
+            f"error: {error}. To go on from it with a lower --learning-rate or another --seed: "
+            f"{resuming} --allow-changes"
+        )
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
+        return f"error: out of memory: {error}; {advice(plan.runs[0].settings)}"
+    if jax.process_count() == 1:
+        raise error
+    lost_process(
+        f"error: a step of all {jax.process_count()} processes failed, so that one of them may "
+        f"have ended: {error}. To go on, start all again with --resume"
+    )
 
 
 def _answer(message: str, *, exit_code: int) -> int:
@@ -181,25 +180,16 @@ def prepare(config: PretrainConfig) -> Plan:
         )
         for name in names
     ]
-    for each in settings:
-        make_optimizer(each.optimizer)
     mesh = _mesh(config, settings[0])
-    runs = [
-        Run(each, folder / name if len(names) > 1 else folder, config.output.resume, mesh)
-        for name, each in zip(names, settings, strict=True)
-    ]
-    for run in runs:
-        require_memory(run)
+    runs = []
+    for name, each in zip(names, settings, strict=True):
+        place = folder / name if len(names) > 1 else folder
+        runs.append(Run(each, place, has_checkpoint(each, place, config.output), mesh))
+        require_memory(runs[-1])
     training_batches(text, settings[0]).close()
     batches = validation_batches(text, settings[0], max_batches=config.training.evaluation_batches)
-    evaluation = prepare_evaluation(
-        settings[0],
-        batches,
-        every=config.training.evaluate_every or max(1, settings[0].steps // 5),
-        mesh=mesh,
-    )
-    changes = config.output.allow_changes
-    runs = [run._replace(resume=has_checkpoint(run, changes=changes)) for run in runs]
+    every = config.training.evaluate_every or max(1, settings[0].steps // 5)
+    evaluation = prepare_evaluation(runs[0], batches, every=every)
     # A folder without one is of a run that was killed before its first.
     if config.output.resume and not any(run.resume for run in runs) and not folder.is_dir():
         raise ValueError(
