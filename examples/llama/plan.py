@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from apollo_optax import planning
 from apollo_optax.sharding import shardings_of
 from examples.llama import model
-from examples.llama.command_line import MODEL_NAME, parse
+from examples.llama.command_line import MODEL_NAME, check_ranges, parse
 from examples.llama.config import MODELS, PRESETS, parameter_count
 from examples.llama.layered import layered_training
 from examples.llama.mesh import (
@@ -137,13 +137,7 @@ def plan_step(config: PlanConfig) -> planning.Plan:
         together.
       ImportError: If the compiler of the device is not installed.
     """
-    for flag, value in (
-        ("--batch", config.batch),
-        ("--sequence", config.sequence),
-        ("--rank", config.rank),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} is {value}; expected at least 1")
+    check_ranges(config)
     mesh = _mesh(config)
     step, args = _step(config, mesh, config.batch)
     return planning.compile_for(config.device, step, *args, mesh=mesh)

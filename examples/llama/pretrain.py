@@ -161,7 +161,7 @@ def prepare(config: PretrainConfig) -> Plan:
       ImportError: If the text needs a package that is not installed.
     """
     check_options(config)
-    names = compared_optimizers(config.optimizer)
+    names = compared_optimizers(config)
     _require_folder("--output", config.output.folder)
     _require_folder("--export", config.output.export)
     folder = config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
@@ -187,8 +187,8 @@ def prepare(config: PretrainConfig) -> Plan:
         runs.append(Run(each, place, has_checkpoint(each, place, config.output), mesh))
         require_memory(runs[-1])
     training_batches(text, settings[0]).close()
-    batches = validation_batches(text, settings[0], max_batches=config.training.evaluation_batches)
-    every = config.training.evaluate_every or max(1, settings[0].steps // 5)
+    batches = validation_batches(text, settings[0], max_batches=config.output.evaluation_batches)
+    every = config.output.evaluate_every or max(1, settings[0].steps // 5)
     evaluation = prepare_evaluation(runs[0], batches, every=every)
     # A folder without one is of a run that was killed before its first.
     if config.output.resume and not any(run.resume for run in runs) and not folder.is_dir():
@@ -211,14 +211,14 @@ def _model_name(config: PretrainConfig) -> str:
 
 
 def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
-    if config.training.mesh is None:
+    if config.processes.mesh is None:
         if jax.process_count() > 1:
             raise ValueError(
                 f"{jax.process_count()} processes train on one --mesh; give it the sizes of all "
                 f"{jax.device_count()} devices, such as --mesh data={jax.device_count()}"
             )
         return None
-    sizes = parse_mesh(config.training.mesh)
+    sizes = parse_mesh(config.processes.mesh)
     mesh = make_mesh(sizes)
     parts, sequences = devices_dividing_batch(sizes), settings.batch // settings.micro_batches
     if sequences % parts:
@@ -308,7 +308,6 @@ def train_all(
             output,
             console,
             lambda: bool(caught),
-            config.training.most_skipped,
         )
         if result is None:
             break

@@ -224,7 +224,6 @@ def train_run(
     options: OutputOptions,
     console: rich.console.Console,
     stopped: Callable[[], bool],
-    most_skipped: int,
 ) -> RunResult | None:
     """Trains until the last step or until stopped, and saves.
 
@@ -235,7 +234,6 @@ def train_run(
       options: What to keep.
       console: Shows the progress.
       stopped: Asked after every step whether to stop.
-      most_skipped: Steps in a row that may be skipped.
 
     Returns:
       What the run came to; None if it was stopped before its last step.
@@ -265,7 +263,7 @@ def train_run(
             ends = is_stopped() or step == steps
             evaluates = step == steps or _is_due(step, evaluation.every)
             save_is_due |= _is_due(step, options.checkpoint_every)
-            gives_up = watch.skipped_in_a_row >= most_skipped
+            gives_up = watch.skipped_in_a_row >= options.most_skipped
             if ends or evaluates or save_is_due or gives_up or _is_due(step, log_every):
                 for line in watch.lines():
                     write(line | {"seconds": time.perf_counter() - began})

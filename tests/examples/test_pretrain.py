@@ -413,7 +413,7 @@ def test_what_a_flag_does_not_take_is_refused(
         (["--compare", "apollo,adam"], "'adam'"),
         (["--micro-batches", "3"], "batch of 4 sequences"),
         (["--rank", "0"], "rank"),
-        (["--learning-rate", "-1"], "learning rate is -1.0"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0"),
         (["--keep", "0"], "--keep is 0"),
         (["--resume"], "no checkpoint to resume"),
         (["--load", "no-such-model"], "config.json does not exist"),
