@@ -184,122 +184,74 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
       ValueError: If a setting is out of the range of its optimizer.
     """
     check_ranges(settings)
-    optimizer = _CONSTRUCTORS[settings.name](settings, learning_rate_schedule(settings))
+    optimizer = _make(settings, learning_rate_schedule(settings))
     if settings.clip == 0:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer)
 
 
-def _apollo(
+def _make(
     settings: OptimizerSettings, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    return apollo_optax.apollo(
-        learning_rate,
-        settings.rank,
-        update_proj_gap=settings.update_proj_gap,
-        scale=settings.alpha,
-        granularity=settings.granularity,
-        **_apollo_arguments(settings),
+    decay: dict[str, Any] = {"weight_decay": settings.weight_decay, "mask": decayed_leaves}
+    # For what has no decay of its own, or one that has no mask for all that it trains.
+    decay_and_rate = optax.chain(
+        optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(learning_rate)
     )
-
-
-def _apollo_mini(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return apollo_optax.apollo_mini(
-        learning_rate,
-        update_proj_gap=settings.update_proj_gap,
-        scale=settings.alpha,
-        **_apollo_arguments(settings),
-    )
+    match settings.name:
+        case "apollo":
+            return apollo_optax.apollo(
+                learning_rate,
+                settings.rank,
+                granularity=settings.granularity,
+                **_apollo_arguments(settings),
+                **decay,
+            )
+        case "apollo_mini":
+            return apollo_optax.apollo_mini(learning_rate, **_apollo_arguments(settings), **decay)
+        case "adamw":
+            return optax.adamw(learning_rate, **decay)
+        case "lion":
+            return optax.lion(learning_rate, **decay)
+        case "adafactor":
+            # Optax adds Adafactor's decay after the learning rate, that of the others before it.
+            return optax.adafactor(
+                learning_rate,
+                weight_decay_rate=lambda count: settings.weight_decay * learning_rate(count),
+                weight_decay_mask=decayed_leaves,
+            )
+        case "muon":
+            specs = _matrices(settings, optax.contrib.MuonDimensionNumbers)
+            # Uphill, for the learning rate that follows.
+            uphill = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=specs)
+            return optax.chain(uphill, decay_and_rate)
+        case "galore":
+            return unstack_blocks(
+                optax.contrib.galore(
+                    learning_rate,
+                    settings.rank,
+                    settings.update_proj_gap,
+                    settings.alpha,
+                    weight_dimension_numbers=_matrices(
+                        settings, optax.contrib.GaLoreDimensionNumbers
+                    ),
+                    **decay,
+                )
+            )
+        case "sgd":
+            momentum = optax.trace(settings.momentum) if settings.momentum else optax.identity()
+            return optax.chain(momentum, decay_and_rate)
 
 
 def _apollo_arguments(settings: OptimizerSettings) -> dict[str, Any]:
     return {
+        "update_proj_gap": settings.update_proj_gap,
+        "scale": settings.alpha,
         "norm_growth_limit": settings.norm_growth_limit or None,
         "projection": getattr(apollo_optax, settings.projection),
         "key": settings.seed,
         "weight_dimension_numbers": _matrices(settings, apollo_optax.ApolloDimensionNumbers),
-        "weight_decay": settings.weight_decay,
-        "mask": decayed_leaves,
     }
-
-
-def _adamw(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return optax.adamw(learning_rate, weight_decay=settings.weight_decay, mask=decayed_leaves)
-
-
-def _adafactor(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    # Optax adds Adafactor's decay after the learning rate, that of the others before it.
-    return optax.adafactor(
-        learning_rate,
-        weight_decay_rate=lambda count: settings.weight_decay * learning_rate(count),
-        weight_decay_mask=decayed_leaves,
-    )
-
-
-def _lion(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return optax.lion(learning_rate, weight_decay=settings.weight_decay, mask=decayed_leaves)
-
-
-def _muon(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    # Muon's own decay has no mask for what Adam trains: embedding and head, but the norms too.
-    return optax.chain(
-        optax.contrib.muon(
-            -1.0,  # uphill, for the learning rate below
-            muon_weight_dimension_numbers=_matrices(settings, optax.contrib.MuonDimensionNumbers),
-        ),
-        optax.add_decayed_weights(settings.weight_decay, decayed_leaves),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def _galore(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return unstack_blocks(
-        optax.contrib.galore(
-            learning_rate,
-            settings.rank,
-            settings.update_proj_gap,
-            settings.alpha,
-            weight_decay=settings.weight_decay,
-            mask=decayed_leaves,
-            weight_dimension_numbers=_matrices(settings, optax.contrib.GaLoreDimensionNumbers),
-        )
-    )
-
-
-def _sgd(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.trace(decay=settings.momentum) if settings.momentum else optax.identity(),
-        optax.add_decayed_weights(settings.weight_decay, decayed_leaves),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-_CONSTRUCTORS: dict[
-    str, Callable[[OptimizerSettings, optax.Schedule], optax.GradientTransformation]
-] = {
-    "apollo": _apollo,
-    "apollo_mini": _apollo_mini,
-    "adamw": _adamw,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "muon": _muon,
-    "galore": _galore,
-    "sgd": _sgd,
-}
 
 
 def _matrices(

@@ -228,6 +228,7 @@ class RunSettings(TrainingOptions):
       optimizer: The optimizer, with the number of steps.
       data: What the text is, by name.
       text_digest: Digest of the training tokens, "" for a stream.
+      spike_limit: As of `TrainingOptions`; None to take every step, for plans only.
     """
 
     model: LlamaConfig
@@ -235,6 +236,7 @@ class RunSettings(TrainingOptions):
     optimizer: OptimizerSettings
     data: str
     text_digest: str = ""
+    spike_limit: float | None = 3.0  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.batch % self.micro_batches:

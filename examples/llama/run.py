@@ -52,8 +52,10 @@ __all__ = [
     "Run",
     "TooManySkippedError",
     "abstract_state",
+    "abstract_tokens",
     "has_checkpoint",
     "initial_params",
+    "placed_step",
     "prepare_evaluation",
     "read_result",
     "train_run",
@@ -84,12 +86,14 @@ class Run:
       resume: Whether to go on from what the folder holds.
       mesh: The devices to train on, set by `jax.set_mesh` all along; None for the first. It does
         not belong to the settings: a run may go on on another.
+      float32_moments: Whether moments are float32 whatever the weights are; for plans only.
     """
 
     settings: RunSettings
     folder: Path
     resume: bool
     mesh: Mesh | None = None
+    float32_moments: bool = True
 
     @functools.cached_property
     def training(self) -> train.Training:
@@ -97,13 +101,14 @@ class Run:
         settings = self.settings
         tx, dtype = make_optimizer(settings.optimizer), _DTYPES[settings.compute]
         if settings.update == "layerwise":
+            is_float32 = settings.optimizer.name in FLOAT32_MOMENTS
             return layered_training(
                 settings.model,
                 tx,
                 weights=settings.weights,
                 dtype=dtype,
                 seed=settings.seed,
-                float32_moments=settings.optimizer.name not in FLOAT32_MOMENTS,
+                float32_moments=self.float32_moments and not is_float32,
                 spike_limit=settings.spike_limit,
             )
         return train.standard_training(
@@ -113,6 +118,7 @@ class Run:
             remat=settings.remat,
             micro_batches=settings.micro_batches,
             seed=settings.seed,
+            float32_moments=self.float32_moments,
             spike_limit=settings.spike_limit,
         )
 
@@ -394,16 +400,22 @@ def initial_params(run: Run) -> model.Params:
     return params
 
 
+def placed_step(run: Run) -> jax.stages.Wrapped:
+    """Returns the step of `(state, tokens)` whose results lie as the run's state does."""
+    shardings = (run.placement.state, run.placement.loss)
+    return jax.jit(run.training.step, donate_argnums=0, out_shardings=shardings)
+
+
+def abstract_tokens(run: Run) -> jax.ShapeDtypeStruct:
+    """Returns the ShapeDtypeStruct of the tokens of a step."""
+    shape = (run.settings.batch, run.settings.sequence + 1)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=run.placement.batch)
+
+
 def _compile_step(run: Run, state: train.TrainState) -> Callable[..., Any]:
     """Returns the compiled step of `(state, tokens)`; the tokens come from the host."""
-    settings, placement = run.settings, run.placement
-    tokens = jax.ShapeDtypeStruct(
-        (settings.batch, settings.sequence + 1), jnp.int32, sharding=placement.batch
-    )
-    step = jax.jit(
-        run.training.step, donate_argnums=0, out_shardings=(placement.state, placement.loss)
-    )
-    compiled = step.lower(state, tokens).compile()
+    placement = run.placement
+    compiled = placed_step(run).lower(state, abstract_tokens(run)).compile()
     # On a CPU, the collectives of two steps in flight can wait for each other's threads.
     one_at_a_time = run.mesh is not None and jax.default_backend() == "cpu"
 
