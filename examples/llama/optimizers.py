@@ -14,7 +14,6 @@ import apollo_optax
 from examples.llama.command_line import LEFT_OUT, LeftOut, check_ranges, default
 
 __all__ = [
-    "DEFAULT_ALPHAS",
     "DEFAULT_LEARNING_RATES",
     "FINE_TUNING_LEARNING_RATES",
     "FLOAT32_MOMENTS",
@@ -54,9 +53,6 @@ FINE_TUNING_LEARNING_RATES: dict[str, float] = {
 } | {"apollo": 3e-4, "apollo_mini": 3e-4}
 """Peak learning rates of loaded models: AdamW's usual 2e-5, a hundredth of that of a small new
 model, and as much for the others; for APOLLO and APOLLO-Mini those of the paper's fine-tuning."""
-
-DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
-"""What each paper multiplies the updates of projected matrices by."""
 
 FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini")
 """Optimizers whose moments are float32 whatever the weights are."""
