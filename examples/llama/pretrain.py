@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from examples.llama.interruption import caught_signals
 from examples.llama.memory import advice, require_memory
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
+from examples.llama.model import Params
 from examples.llama.options import (
     PretrainConfig,
     RunSettings,
@@ -32,7 +33,6 @@ from examples.llama.options import (
 from examples.llama.processes import joined_processes, lost_process, writes_files
 from examples.llama.report import RunResult, draw_curves, results_table, write_results
 from examples.llama.run import (
-    Evaluation,
     Run,
     TooManySkippedError,
     has_checkpoint,
@@ -63,13 +63,13 @@ class Plan(NamedTuple):
     Attributes:
       runs: One an optimizer, in the order they are trained.
       text: What all are trained on.
-      evaluation: How all are evaluated.
+      validation_loss: How all are evaluated, by a state's parameters.
       folder: Where the comparison is written.
     """
 
     runs: Sequence[Run]
     text: Text
-    evaluation: Evaluation
+    validation_loss: Callable[[Params], float]
     folder: Path
 
 
@@ -98,11 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = rich.console.Console(
             highlight=False, markup=False, soft_wrap=True, quiet=not writes_files()
         )
-        caught = stack.enter_context(caught_signals())
-        if mesh := plan.runs[0].mesh:
-            stack.enter_context(jax.set_mesh(mesh))
+        mesh = plan.runs[0].mesh
         try:
-            results = train_all(plan, config, console, caught)
+            with (
+                caught_signals() as caught,
+                jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
+            ):
+                results = train_all(plan, config, console, caught)
         except (OSError, TooManySkippedError, MemoryError, jax.errors.JaxRuntimeError) as error:
             return _answer(_explanation(error, plan, resuming), exit_code=1)
         except KeyboardInterrupt:
@@ -188,15 +190,14 @@ def prepare(config: PretrainConfig) -> Plan:
         require_memory(runs[-1])
     training_batches(text, settings[0]).close()
     batches = validation_batches(text, settings[0], max_batches=config.output.evaluation_batches)
-    every = config.output.evaluate_every or max(1, settings[0].steps // 5)
-    evaluation = prepare_evaluation(runs[0], batches, every=every)
+    validation_loss = prepare_evaluation(runs[0], batches)
     # A folder without one is of a run that was killed before its first.
     if config.output.resume and not any(run.resume for run in runs) and not folder.is_dir():
         raise ValueError(
             f"there is no checkpoint to resume in {folder}; leave --resume out to start, or name "
             "the --output of the run"
         )
-    return Plan(runs, text, evaluation, folder)
+    return Plan(runs, text, validation_loss, folder)
 
 
 def _require_folder(flag: str, path: Path | None) -> None:
@@ -304,7 +305,7 @@ def train_all(
         result = result or train_run(
             run,
             plan.text,
-            plan.evaluation,
+            plan.validation_loss,
             output,
             console,
             lambda: bool(caught),

@@ -48,7 +48,6 @@ from examples.llama.text import Text, training_batches
 from examples.llama.tokenizer import ByteTokenizer
 
 __all__ = [
-    "Evaluation",
     "Run",
     "TooManySkippedError",
     "abstract_state",
@@ -159,26 +158,17 @@ class Placement(NamedTuple):
     loss: Sharding
 
 
-class Evaluation(NamedTuple):
-    """The evaluation that runs of one model share, compiled once.
+def prepare_evaluation(run: Run, batches: Sequence[np.ndarray]) -> Callable[[model.Params], float]:
+    """Returns the mean loss of batches by a state's parameters, in nats, compiled once.
 
-    Attributes:
-      validation_loss: Mean loss of the validation batches, in nats, of a state's parameters.
-      every: Steps between two evaluations.
+    For all runs that differ from this one in the optimizer only.
     """
-
-    validation_loss: Callable[[model.Params], float]
-    every: int
-
-
-def prepare_evaluation(run: Run, batches: Sequence[np.ndarray], *, every: int) -> Evaluation:
-    """Returns the evaluation of a run, for all runs that differ from it in the optimizer only."""
     compiled, mesh = jax.jit(run.training.loss), run.mesh
     if mesh is not None and len(batches[0]) % devices_dividing_batch(mesh.shape) == 0:
         placed = jax.device_put(list(batches), batch_sharding(mesh))
     else:
         placed = list(batches)
-    return Evaluation(lambda params: train.mean_loss(compiled, params, placed), every)
+    return lambda params: train.mean_loss(compiled, params, placed)
 
 
 def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) -> bool:
@@ -226,7 +216,7 @@ def _as_json(settings: RunSettings) -> dict[str, Any]:
 def train_run(
     run: Run,
     text: Text,
-    evaluation: Evaluation,
+    validation_loss_of: Callable[[model.Params], float],
     options: OutputOptions,
     console: rich.console.Console,
     stopped: Callable[[], bool],
@@ -236,7 +226,7 @@ def train_run(
     Args:
       run: What to train.
       text: What to train on.
-      evaluation: How to evaluate.
+      validation_loss_of: How to evaluate a state's parameters.
       options: What to keep.
       console: Shows the progress.
       stopped: Asked after every step whether to stop.
@@ -259,6 +249,7 @@ def train_run(
         times = StepTimes(time.perf_counter)
         watch = _Watch(settings, state, show, times)
         log_every = options.log_every or min(100, max(1, steps // 50))
+        evaluate_every = options.evaluate_every or max(1, steps // 5)
         validation_loss, save_is_due = None, False
         began = time.perf_counter() - seconds_before
         for step in range(int(state.step) + 1, steps + 1):
@@ -267,7 +258,7 @@ def train_run(
             watch.see(step, outcome, step_began)
 
             ends = is_stopped() or step == steps
-            evaluates = step == steps or _is_due(step, evaluation.every)
+            evaluates = step == steps or _is_due(step, evaluate_every)
             save_is_due |= _is_due(step, options.checkpoint_every)
             gives_up = watch.skipped_in_a_row >= options.most_skipped
             if ends or evaluates or save_is_due or gives_up or _is_due(step, log_every):
@@ -280,7 +271,7 @@ def train_run(
                     f"({watch.last_cause}); {_last_saved(checkpoints)}"
                 )
             if evaluates:
-                validation_loss = evaluation.validation_loss(state.params)
+                validation_loss = validation_loss_of(state.params)
                 write({"step": step, "validation_loss": validation_loss})
                 show.evaluation(step, validation_loss)
             # While steps are skipped, the checkpoints before are what there is to go back to.
