@@ -138,7 +138,9 @@ def skip_bad_steps(
     ) -> tuple[PyTree, SkipState]:
         largest = jnp.asarray(optax.tree.norm(updates, ord=jnp.inf), jnp.float32)
         after = judged(state, value, largest, spike_limit=spike_limit)
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        updates, inner_state = inner.update(
+            updates, state.inner_state, params, value=value, **extra_args
+        )
         taken = after.cause == 0
         updates = jax.tree.map(lambda u: jnp.where(taken, u, 0), updates)
         inner_state = optax.tree.where(taken, inner_state, state.inner_state)

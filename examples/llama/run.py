@@ -190,7 +190,7 @@ def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) 
         raise ValueError(
             f"{folder} holds a run already; go on with it by --resume, or choose another --output"
         )
-    saved, given = record["settings"], _as_json(settings)
+    saved, given = record["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))
     fixed = differing_settings(saved, given, but=CHANGEABLE)
     differences = fixed if options.allow_changes else differing_settings(saved, given)
     if differences:
@@ -207,10 +207,6 @@ def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) 
             "run can be made longer, not shorter"
         )
     return True
-
-
-def _as_json(settings: RunSettings) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def train_run(
