@@ -110,7 +110,7 @@ class TrainingOptions:
         LeftOut[Precision], default("{f32,bf16}", "that of the weights; bf16 for int8")
     ] = LEFT_OUT
     remat: bool = False
-    batch: Annotated[LeftOut[int], default("INT", "512; nano: 16; --load: 32")] = LEFT_OUT
+    batch: Annotated[LeftOut[int], default("INT", "512; nano: 8; --load: 32")] = LEFT_OUT
     sequence: Annotated[LeftOut[int], default("INT", "256; nano: 128")] = LEFT_OUT
     micro_batches: Annotated[LeftOut[int], default("INT", "1; nano, --load: of 8 sequences")] = (
         LEFT_OUT
