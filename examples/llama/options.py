@@ -212,6 +212,7 @@ class OutputOptions:
       sample_length: Tokens of the text sample; 0 for none.
       temperature: Temperature of the text sample; 0 for the likeliest token each time.
       export: Folder to write the trained model to, as Hugging Face's transformers load it.
+      describe: Print what the optimizer keeps for each parameter, and stop before training.
     """
 
     folder: Annotated[
@@ -231,6 +232,7 @@ class OutputOptions:
     sample_length: int = 200
     temperature: float = 0.8
     export: Annotated[Path | None, _default("FOLDER", "none")] = None
+    describe: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
