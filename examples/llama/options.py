@@ -155,6 +155,7 @@ class OutputOptions:
       sample_length: Tokens of the text sample; 0 for none.
       temperature: Temperature of the text sample; 0 for the likeliest token each time.
       export: Folder to write the trained model to, as Hugging Face's transformers load it.
+      describe: Print what the optimizer keeps for each parameter, and stop before training.
     """
 
     folder: Annotated[Path | None, default("FOLDER", "runs/MODEL-OPTIMIZER", name="output")] = None
@@ -170,6 +171,7 @@ class OutputOptions:
     sample_length: int = 200
     temperature: float = 0.8
     export: Annotated[Path | None, default("FOLDER", "none")] = None
+    describe: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ from examples.llama.run import (
     read_result,
     train_run,
 )
-from examples.llama.summary import optimizer_line, settings_lines
+from examples.llama.summary import optimizer_line, settings_lines, state_line, state_table
 from examples.llama.text import Text, read_text, training_batches, validation_batches
 from examples.llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(joined_processes(config.processes))
+            if config.output.describe:
+                return _describe(config)
             plan = prepare(config)
         except (ValueError, ImportError, OSError, jax.errors.JaxRuntimeError) as error:
             return _answer(f"error: {error}", exit_code=2)
@@ -116,6 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + (caught[0] if caught else signal.SIGTERM)
         if writes_files():
             _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
+    return 0
+
+
+def _describe(config: PretrainConfig) -> int:
+    settings, _ = _resolved(config)
+    for each in settings:
+        print(f"{optimizer_line(each)}\n{state_table(each)}\n")
     return 0
 
 
@@ -162,30 +171,12 @@ def prepare(config: PretrainConfig) -> Plan:
       OSError: If something cannot be read.
       ImportError: If the text needs a package that is not installed.
     """
-    check_options(config)
-    names = compared_optimizers(config)
-    _require_folder("--output", config.output.folder)
-    _require_folder("--export", config.output.export)
-    folder = config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
-    corpus = load_corpus(config.data.source)
-    tokenizer = _tokenizer(config, corpus, folder)
-    stored = _model(config, tokenizer)
-    text = read_text(corpus, tokenizer)
-    settings = [
-        resolve(
-            config,
-            name,
-            stored,
-            data=text.name,
-            text_digest=text.digest,
-            text_tokens=text.train_tokens,
-        )
-        for name in names
-    ]
+    settings, text = _resolved(config)
+    folder = _folder(config)
     mesh = _mesh(config, settings[0])
     runs = []
-    for name, each in zip(names, settings, strict=True):
-        place = folder / name if len(names) > 1 else folder
+    for each in settings:
+        place = folder / each.optimizer.name if len(settings) > 1 else folder
         runs.append(Run(each, place, has_checkpoint(each, place, config.output), mesh))
         require_memory(runs[-1])
     training_batches(text, settings[0]).close()
@@ -198,6 +189,34 @@ def prepare(config: PretrainConfig) -> Plan:
             "the --output of the run"
         )
     return Plan(runs, text, validation_loss, folder)
+
+
+def _resolved(config: PretrainConfig) -> tuple[list[RunSettings], Text]:
+    """Returns the settings of each run and the text, as `prepare` raises."""
+    check_options(config)
+    _require_folder("--output", config.output.folder)
+    _require_folder("--export", config.output.export)
+    corpus = load_corpus(config.data.source)
+    tokenizer = _tokenizer(config, corpus, _folder(config))
+    stored = _model(config, tokenizer)
+    text = read_text(corpus, tokenizer)
+    settings = [
+        resolve(
+            config,
+            name,
+            stored,
+            data=text.name,
+            text_digest=text.digest,
+            text_tokens=text.train_tokens,
+        )
+        for name in compared_optimizers(config)
+    ]
+    return settings, text
+
+
+def _folder(config: PretrainConfig) -> Path:
+    names = compared_optimizers(config)
+    return config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
 
 
 def _require_folder(flag: str, path: Path | None) -> None:
@@ -301,6 +320,7 @@ def train_all(
             output = dataclasses.replace(output, export=output.export / run.settings.optimizer.name)
         exported = output.export is None or output.export.exists()
         console.print(f"{optimizer_line(run.settings)}; to {run.folder}")
+        console.print(state_line(run.settings))
         result = read_result(run) if exported else None
         result = result or train_run(
             run,
