@@ -33,7 +33,7 @@ _EINSUMS = {
 _INTO = {"query", "key", "value", "q_proj", "k_proj", "v_proj"}
 _OUT = {"out", "o_proj"}
 # With more than two axes these do not tell which are which.
-_UNTOLD = re.compile(r"(w?q?kv|c_attn|patch)(_.*|$)|.*_output")
+_UNTOLD = re.compile(r"(w?q?kv|wq|c_attn|patch)(_.*|$)|.*_output")
 _VOCABULARIES = re.compile(
     r"(?!patch_).*embed(ding|dings|der|_tokens)?$|posembed.*|pos_embedding|wte|wpe|shared_embedding"
 )

@@ -2,18 +2,20 @@
 
 Truth is a list of rules for each model, written by hand from its source. Compared with it, leaf by
 leaf, are what the traced model says, what the names say, and the default of
-`weight_dimension_numbers`. Nothing is allocated: all parameters are shapes.
+`weight_dimension_numbers`. All parameters are shapes; only Keras allocates its model.
 
     python -m benchmarks.any_model
 
-needs the [clients] extra beside [examples], and Python 3.12 for Google's gemma. A package that
-cannot be imported is an error; name the models you want to leave others out.
+measures the models that the results do not have. It needs the [clients] extra beside [examples],
+and Python 3.12 for Google's gemma. EasyDeL and Levanter need other versions of JAX: name their
+models, each in an environment of its own. A package that cannot be imported is an error.
 """
 
 import argparse
 import importlib
 import importlib.metadata
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,8 +33,10 @@ from apollo_optax import (
 from apollo_optax._matrices import axes_of_each_leaf, low_rank_shape
 from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import named_arrays, nest
-from benchmarks.rows import RESULTS, Row, write_rows
+from benchmarks.rows import RESULTS, Row, add_row, read_rows
 
+OUTPUT = RESULTS / "any_model.json"
+COMMAND = "python -m benchmarks.any_model"
 TOKENS = jax.ShapeDtypeStruct((1, 8), "int32")
 Rules = list[tuple[str, Any]]
 
@@ -268,6 +272,92 @@ def _tunix(family: str, name: str, config: str) -> Model:
     return Model("google-tunix", forward, params, (rest, TOKENS, mask), rules)
 
 
+def _keras(make: Callable[[Any], Any], inputs: jax.ShapeDtypeStruct, rules: Rules) -> Model:
+    os.environ["KERAS_BACKEND"] = "jax"
+    model = make(importlib.import_module("keras"))
+    params = {v.path: jax.ShapeDtypeStruct(v.shape, v.dtype) for v in model.trainable_variables}
+    others = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in model.non_trainable_variables]
+
+    def forward(params: Any, others: Any, x: Any) -> Any:
+        trained = [params[v.path] for v in model.trainable_variables]
+        return model.stateless_call(trained, others, x)[0]
+
+    return Model("keras", forward, params, (others, inputs), rules)
+
+
+def _keras_resnet() -> Model:
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
+    rules: Rules = [("predictions|/bias|gamma|beta", None), ("kernel", _matrix((0, 1, 2), 3))]
+    return _keras(lambda keras: keras.applications.ResNet50(weights=None), images, rules)
+
+
+def _keras_transformer() -> Model:
+    def make(keras: Any) -> Any:
+        layers = keras.layers
+        tokens = keras.Input((8,), dtype="int32")
+        x = layers.Embedding(32000, 512, name="embed")(tokens)
+        for _ in range(6):
+            y = layers.LayerNormalization()(x)
+            x = x + layers.MultiHeadAttention(8, 64)(y, y)
+            y = layers.Dense(2048, "gelu")(layers.LayerNormalization()(x))
+            x = x + layers.Dense(512)(y)
+        return keras.Model(tokens, layers.Dense(32000, name="head")(x))
+
+    rules: Rules = [
+        ("^embed|^head|bias|gamma|beta", None),
+        ("attention_output", _matrix((0, 1), 2)),
+        ("query|key|value", _matrix(0, (1, 2))),
+        ("kernel", _matrix(0, 1)),
+    ]
+    return _keras(make, TOKENS, rules)
+
+
+def _levanter() -> Model:
+    eqx: Any = importlib.import_module("equinox")
+    hax: Any = importlib.import_module("haliax")
+    config = importlib.import_module("levanter.models.llama").LlamaConfig()
+    model = eqx.filter_eval_shape(config.build, hax.Axis("vocab", 32000), key=jax.random.key(0))
+    params, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+    def forward(params: Any, tokens: Any) -> Any:
+        named = hax.named(tokens, ("batch", "position"))
+        mask = hax.nn.attention.causal_mask(named.axes[1], named.axes[1].alias("key_position"))
+        return eqx.combine(params, static)(named, mask).array
+
+    # Outputs first, as in PyTorch; layers before them.
+    rules: Rules = [
+        ("embeddings|lm_head|norm", None),
+        ("q_proj", _matrix(4, (1, 2, 3))),
+        ("[kv]_proj", _matrix(3, (1, 2))),
+        ("o_proj", _matrix((2, 3), 1)),
+        ("mlp", _matrix(2, 1)),
+    ]
+    return Model("levanter", forward, params, (TOKENS,), rules)
+
+
+def _easydel() -> Model:
+    ed: Any = importlib.import_module("easydel")
+    nnx: Any = importlib.import_module("flax.nnx")
+    config = ed.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        attn_mechanism="vanilla",
+    )
+    model = ed.LlamaForCausalLM.lazy_init(config=config, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def forward(params: Any, tokens: Any) -> Any:
+        with model.mesh:
+            return nnx.merge(graph, params, rest)(input_ids=tokens).logits
+
+    rules: Rules = [("embed_tokens|lm_head|norm", None), ("kernel", _matrix(0, 1))]
+    return Model("easydel", forward, params, (TOKENS,), rules)
+
+
 MODELS: dict[str, Callable[[], Model]] = {
     "LLaMA 1B of the examples (NNX), layers stacked": lambda: _llama(False),
     "LLaMA 1B of the examples (NNX), layers apart": lambda: _llama(True),
@@ -285,6 +375,10 @@ MODELS: dict[str, Callable[[], Model]] = {
     "Qwen 3 0.6B (Tunix)": lambda: _tunix("qwen3", "Qwen3", "qwen3_0p6b"),
     "Qwen 3 30B-A3B (Tunix)": lambda: _tunix("qwen3", "Qwen3", "qwen3_30b_a3b"),
     "Gemma 2 2B (Tunix)": lambda: _tunix("gemma", "Gemma", "gemma2_2b"),
+    "ResNet-50 (Keras)": _keras_resnet,
+    "Transformer (Keras)": _keras_transformer,
+    "Llama 2 7B (Levanter)": _levanter,
+    "Llama 3.1 8B (EasyDeL)": _easydel,
 }
 
 
@@ -361,17 +455,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measures all models, or those named."""
+    """Measures the models named, or those without a row, and adds the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help=f"of {list(MODELS)}; all by default")
+    parser.add_argument(
+        "models", nargs="*", help=f"of {list(MODELS)}; by default all without a row"
+    )
     arguments = parser.parse_args()
-    rows = []
-    for name in arguments.models or MODELS:
-        rows.append(row := measure(name))
+    measured = [row["model"] for row in read_rows(OUTPUT)]
+    for name in arguments.models or [name for name in MODELS if name not in measured]:
+        row = measure(name)
         placed = [row[f"placed_rightly_by_{way}"] for way in WAYS]
         print(f"{name}: {placed} of {row['leaves_with_axes']}, {row['trace_seconds']:.1f} s")
-    if not arguments.models:
-        write_rows(RESULTS / "any_model.json", "python -m benchmarks.any_model", rows)
+        if name not in measured:
+            add_row(OUTPUT, COMMAND, row)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def peak_bytes_of_loading(folder: Path, weights: str) -> int:
     """Loads in this process; returns the peak of its resident size above that of before."""
     update = "layerwise" if weights == "int8" else "standard"
     config = PretrainConfig(
-        model=ModelOptions(load=folder, weights=weights),  # type: ignore[arg-type]
-        training=TrainingOptions(update=update),  # type: ignore[arg-type]
+        model=ModelOptions(load=folder),
+        training=TrainingOptions(weights=weights, update=update),  # type: ignore[arg-type]
     )
     settings = resolve(config, "apollo_mini", describe_llama(folder), data="none", text_digest="")
     jnp.zeros(1).block_until_ready()

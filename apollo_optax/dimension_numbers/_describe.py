@@ -220,13 +220,16 @@ def _state_of_each(
 ) -> tuple[dict[Path, list[Any]], list[Any]]:
     """The arrays of the state that belong to each parameter, and the rest.
 
-    An array belongs to the parameter in whose path its own ends.
+    An array belongs to the parameter in whose path its own ends, with or without its numbers: a
+    wrapper may have taken the layers of a stacked leaf apart.
     """
     of_each: dict[Path, list[Any]] = {path: [] for path in params}
     rest: list[Any] = []
     for path, array in named_leaves(state)[0]:
-        owners = (path[start:] for start in range(len(path) + 1) if path[start:] in params)
-        of_each.get(next(owners, ("",)), rest).append(array)
+        ends = [path[start:] for start in range(len(path) + 1)]
+        ends += [tuple(name for name in end if not name.isdigit()) for end in ends]
+        owner = next((end for end in ends if end in params), None)
+        (rest if owner is None else of_each[owner]).append(array)
     return of_each, rest
 
 

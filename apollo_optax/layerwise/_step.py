@@ -144,18 +144,7 @@ def make_guarded_step(
       >>> bool((same["blocks"]["w"] == params["blocks"]["w"]).all())
       True
     """
-    run = _make_step(model, tx, weights=weights, policy=policy)
-
-    def step(
-        params: Params,
-        state: optax.OptState,
-        batch: Batch,
-        key: PRNGKeyArray | None = None,
-        max_loss: ArrayLike = jnp.inf,
-    ) -> tuple[Params, optax.OptState, Float[Array, ""], GuardReport]:
-        return run(params, state, batch, key, max_loss)
-
-    return step
+    return _make_step(model, tx, weights=weights, policy=policy)
 
 
 def _make_step(
@@ -179,8 +168,8 @@ def _make_step(
         params: Params,
         state: optax.OptState,
         batch: Batch,
-        key: PRNGKeyArray | None,
-        max_loss: ArrayLike | None,
+        key: PRNGKeyArray | None = None,
+        max_loss: ArrayLike | None = jnp.inf,
     ) -> tuple[Params, optax.OptState, Float[Array, ""], Any]:
         require_form(params)
         split = split_state(tx, state)

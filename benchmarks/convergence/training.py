@@ -128,8 +128,8 @@ def run_trial(trial: Trial, show: Callable[[int, float], None]) -> Row:
     validation_curve: list[tuple[int, float]] = []
     began = time.perf_counter()
     for step in range(1, STEPS + 1):
-        state, value = training.step(state, next(batches)["tokens"])
-        losses.append(value)
+        state, outcome = training.step(state, next(batches)["tokens"])
+        losses.append(outcome.loss)
         if step % _LOSSES_AVERAGED == 0:
             mean = statistics.fmean(map(float, losses))
             losses.clear()

@@ -1,6 +1,10 @@
-"""Reads a command line: names of models in any case, wrong input answered in one line."""
+"""Reads a command line: names of models in any case, wrong input answered in one line.
+
+All ranges of numbers are here, by the names of their flags.
+"""
 
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import io
@@ -9,16 +13,33 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import tyro
 
 from examples.llama.config import MODELS
 
-__all__ = ["MODEL_NAME", "model_name", "parse"]
+__all__ = [
+    "LEFT_OUT",
+    "MODEL_NAME",
+    "LeftOut",
+    "check_ranges",
+    "default",
+    "filled",
+    "model_name",
+    "parse",
+]
 
 _Config = TypeVar("_Config")
+if TYPE_CHECKING:
+    LeftOut = Annotated[_Config, None]
+else:
+    LeftOut = Optional
+"""The type of a flag that may be left out, whose default depends on others."""
+
+LEFT_OUT: Any = None
+"""The value of such a flag until `filled`."""
 _UNITS = {"m": 1e6, "b": 1e9}
 
 
@@ -57,6 +78,44 @@ MODEL_NAME = tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda name: [name],
 )
 """What makes a field of a command line the name of a model."""
+
+
+def default(metavar: str, shown: str, *, name: str | None = None) -> Any:
+    """How --help shows a flag whose default depends on others; its name if not the field's."""
+    return tyro.conf.arg(name=name, metavar=metavar, help_behavior_hint=f"(default: {shown})")
+
+
+def filled(given: _Config, defaults: dict[str, Any]) -> _Config:
+    """Returns a dataclass with defaults for what was left out."""
+    missing = {name: value for name, value in defaults.items() if getattr(given, name) is None}
+    return dataclasses.replace(given, **missing)  # type: ignore[type-var]
+
+
+_Range = tuple[str, Callable[[float], bool]]
+_COUNT: _Range = ("at least 1", lambda value: value >= 1)
+_NOT_NEGATIVE: _Range = ("at least 0", lambda value: value >= 0)
+_FRACTION: _Range = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(["batch", "sequence", "micro_batches", "steps", "rank"], _COUNT),
+    **dict.fromkeys(["most_skipped", "evaluate_every", "evaluation_batches"], _COUNT),
+    **dict.fromkeys(["keep", "log_every", "process_timeout", "update_proj_gap"], _COUNT),
+    **dict.fromkeys(["spike_limit", "weight_decay", "clip", "checkpoint_every"], _NOT_NEGATIVE),
+    **dict.fromkeys(["norm_growth_limit", "sample_length", "temperature"], _NOT_NEGATIVE),
+    **dict.fromkeys(["warmup_fraction", "momentum"], _FRACTION),
+    "learning_rate": ("a positive number", lambda value: value > 0),
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Raises ValueError if a number of a dataclass, or of one in it, is out of its range."""
+    for field in dataclasses.fields(config):
+        name, value = field.name.replace("total_", ""), getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        elif name in _RANGES and value is not None:
+            allowed, is_allowed = _RANGES[name]
+            if not is_allowed(value):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {allowed}")
 
 
 def parse(

@@ -165,8 +165,6 @@ class PaperSettings:
         micro_batches: parts of a batch whose gradients are made one after another.
         learning_rate: the peak, reached at the end of the warm-up.
         warmup_fraction: part of the steps in which the learning rate rises from zero.
-        final_learning_rate_fraction: the learning rate of the last step over the peak; a cosine
-            leads there.
         weight_decay: decoupled weight decay.
         dtype: of parameters and computation, as a NumPy name.
         update_proj_gap: steps between two draws of the projection.
@@ -181,7 +179,6 @@ class PaperSettings:
     micro_batches: int = 1
     learning_rate: float = 0.01
     warmup_fraction: float = 0.1
-    final_learning_rate_fraction: float = 0.1
     weight_decay: float = 0.0
     dtype: str = "bfloat16"
     update_proj_gap: int = 200

@@ -1,4 +1,4 @@
-"""Batches of token windows: shuffled, sharded by process, resumable at the exact batch."""
+"""Batches of token windows: shuffled, resumable at the exact batch."""
 
 from collections.abc import Iterable
 from typing import Any, TypedDict
@@ -101,36 +101,29 @@ def token_batches(
     sequence_length: int,
     batch_size: int,
     seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
     shuffle: bool = True,
     epochs: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Iterates over batches of windows of a corpus in memory.
 
-    Every epoch is shuffled anew and yields whole batches only. The batch of a step is the same for
-    any number of processes: each gets its rows of it, in order, as
-    `jax.make_array_from_process_local_data` puts them together again.
+    Every epoch is shuffled anew and yields whole batches only.
 
     Args:
       tokens: Ids of the training split.
       sequence_length: Predictions in a row.
-      batch_size: Rows of a batch, over all processes.
+      batch_size: Rows of a batch.
       seed: Decides the order, in [0, 2**31).
-      process_index: Which part of each batch to yield.
-      process_count: Into how many parts batches are divided.
       shuffle: Whether to shuffle; else the windows come in their order.
       epochs: How often to go through the tokens; None for ever.
 
     Returns:
-      An iterator over `{"tokens": int32 (batch_size // process_count, sequence_length + 1)}`. Its
+      An iterator over `{"tokens": int32 (batch_size, sequence_length + 1)}`. Its
       `get_state()` is `{"next_index": batches yielded}`; after `set_state` the next batch is
       exactly the one that would have followed.
 
     Raises:
       TypeError: If the tokens are not one axis of integers.
-      ValueError: If an argument is out of its range, the processes do not divide the batch, or the
-        tokens do not fill one batch.
+      ValueError: If an argument is out of its range, or the tokens do not fill one batch.
 
     Example:
       >>> tokens = np.arange(100)
@@ -142,14 +135,11 @@ def token_batches(
       {'next_index': 1}
     """
     _check_order(seed, epochs)
-    rows = _process_rows(batch_size, process_index, process_count)
     windows = _windows_for_batch(tokens, sequence_length, batch_size)
     order = grain.MapDataset.range(len(windows))
     if shuffle:
         order = order.seed(seed).shuffle()
-    batches = order.batch(batch_size, drop_remainder=True).map(
-        lambda indices: _as_batch(windows[indices[rows]])
-    )
+    batches = order.batch(batch_size, drop_remainder=True).map(lambda i: _as_batch(windows[i]))
     return iter(batches.repeat(epochs).to_iter_dataset(_NO_THREADS))
 
 
@@ -159,8 +149,6 @@ def evaluation_batches(
     sequence_length: int,
     batch_size: int,
     max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> grain.IterDataset[Batch]:
     """Returns one pass over a held-out text, the same each time.
 
@@ -170,30 +158,24 @@ def evaluation_batches(
     Args:
       tokens: Ids of the validation split.
       sequence_length: Predictions in a row.
-      batch_size: Rows of a batch, over all processes.
+      batch_size: Rows of a batch.
       max_batches: The most batches to yield; None for all whole ones.
-      process_index: Which part of each batch to yield.
-      process_count: Into how many parts batches are divided.
 
     Returns:
       A data set to iterate over as often as needed, of elements as those of `token_batches`.
 
     Raises:
       TypeError: If the tokens are not one axis of integers.
-      ValueError: If an argument is out of its range, the processes do not divide the batch, or the
-        tokens do not fill one batch.
+      ValueError: If an argument is out of its range, or the tokens do not fill one batch.
     """
     if max_batches is not None:
         _check_positive("max_batches", max_batches)
-    rows = _process_rows(batch_size, process_index, process_count)
     windows = _windows_for_batch(tokens, sequence_length, batch_size)
     whole_batches = len(windows) // batch_size
     taken = batch_size * min(whole_batches, max_batches or whole_batches)
     spread = np.arange(taken) * len(windows) // taken
     batches = grain.MapDataset.source(spread).batch(batch_size)
-    return batches.map(lambda indices: _as_batch(windows[indices[rows]])).to_iter_dataset(
-        _NO_THREADS
-    )
+    return batches.map(lambda i: _as_batch(windows[i])).to_iter_dataset(_NO_THREADS)
 
 
 def streamed_batches(
@@ -203,50 +185,43 @@ def streamed_batches(
     sequence_length: int,
     batch_size: int,
     seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
     shuffle: bool = True,
     epochs: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Iterates over batches of windows of a corpus that does not fit in memory.
 
-    Documents are joined, cut in windows and divided among processes as by `encode_documents` and
-    `token_batches`, but windows are shuffled among 1,024 neighbours only. Every process reads the
-    whole stream, so that a batch does not depend on their number.
+    Documents are joined and cut in windows as by `encode_documents` and `token_batches`. Windows
+    are shuffled among 1,024 neighbours only.
 
     Args:
       documents: Texts, such as the training split of a streamed corpus.
       tokenizer: Makes ids of a text.
       sequence_length: Predictions in a row.
-      batch_size: Rows of a batch, over all processes.
+      batch_size: Rows of a batch.
       seed: Decides the order, in [0, 2**31).
-      process_index: Which part of each batch to yield.
-      process_count: Into how many parts batches are divided.
       shuffle: Whether to shuffle; else the windows come in their order.
       epochs: How often to go through the documents; None for ever.
 
     Returns:
-      An iterator over `{"tokens": int32 (batch_size // process_count, sequence_length + 1)}`. Its
+      An iterator over `{"tokens": int32 (batch_size, sequence_length + 1)}`. Its
       `get_state()` holds where the documents stood before the windows being shuffled, and the
       tokens left of the last document then; `set_state` reads at most those 1,024 windows again.
       A thread reads two batches ahead until `close()`.
 
     Raises:
-      ValueError: If an argument is out of its range, the processes do not divide the batch, or
-        there are no documents.
+      ValueError: If an argument is out of its range, or there are no documents.
     """
     _check_order(seed, epochs)
+    _check_positive("batch_size", batch_size)
     _check_positive("sequence_length", sequence_length)
-    rows = _process_rows(batch_size, process_index, process_count)
     if next(iter(documents), None) is None:
         raise ValueError("the streamed corpus has no documents; expected at least one")
     ids = documents.map(lambda text: _document_ids(text, tokenizer))
+    # Grain's ConcatThenSplitIterDataset 0.2.18 does not go on from its own state to the token.
     windows: grain.IterDataset = _StreamedWindows(RepeatIterDataset(ids, epochs), sequence_length)
     if shuffle:
         windows = WindowShuffleIterDataset(windows, window_size=_SHUFFLED_WINDOWS, seed=seed)
-    batches = windows.batch(batch_size, drop_remainder=True).map(
-        lambda batch: _as_batch(batch[rows])
-    )
+    batches = windows.batch(batch_size, drop_remainder=True).map(_as_batch)
     return iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED_BATCHES))
 
 
@@ -297,6 +272,7 @@ def _as_batch(rows: Integer[np.ndarray, "batch sequence_and_next"]) -> Batch:
 def _windows_for_batch(
     tokens: Integer[np.ndarray, " tokens"], sequence_length: int, batch_size: int
 ) -> Integer[np.ndarray, "windows sequence_and_next"]:
+    _check_positive("batch_size", batch_size)
     windows = token_windows(tokens, sequence_length)
     if len(windows) < batch_size:
         raise ValueError(
@@ -305,23 +281,6 @@ def _windows_for_batch(
             "smaller --batch, a shorter --sequence or more text"
         )
     return windows
-
-
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    _check_positive("batch_size", batch_size)
-    _check_positive("process_count", process_count)
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index is {process_index}; expected 0 to {process_count - 1}, below "
-            "process_count"
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            f"--batch is {batch_size} over {process_count} processes; expected a multiple of "
-            f"{process_count}, such as {batch_size - batch_size % process_count + process_count}"
-        )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
 
 
 def _check_order(seed: int, epochs: int | None) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from apollo_optax import layerwise, quantization
 from examples.llama import mesh, model
+from examples.llama.bad_steps import Outcome, judged, max_loss, new_state
 from examples.llama.config import LlamaConfig
-from examples.llama.health import Outcome, judge, max_loss, new_health, record
-from examples.llama.train import (
-    Rounding,
-    Tokens,
-    Training,
-    TrainState,
-    health_of,
-    in_float32,
-    unchanged,
-)
+from examples.llama.train import Rounding, Tokens, Training, TrainState, in_float32, unchanged
 
 __all__ = [
     "join_params",
@@ -140,9 +132,8 @@ def layered_training(
         with.
       float32_moments: Whether the optimizer is run `in_float32`, which costs a float32 gradient of
         a layer. APOLLO's moments are float32 without it.
-      spike_limit: Guards the step as `train.make_train_step` does. But if gradients are not finite,
-        the layers before them in the backward pass are updated already; `Outcome.moved` counts
-        them.
+      spike_limit: Skips bad steps as `skip_bad_steps` does. But if gradients are not finite, the
+        layers before them in the backward pass are updated already; `Outcome.moved` counts them.
 
     Returns:
       Training whose parameters are those of `split_params`, the matrices quantized if int8.
@@ -155,25 +146,23 @@ def layered_training(
 
     def init_state(params: model.Params) -> TrainState:
         parts = split_params(params)
-        return TrainState(
-            jnp.zeros([], jnp.int32),
-            parts,
-            layerwise.init(tx, parts, weights=written),
-            None if spike_limit is None else new_health(),
-        )
+        opt_state = layerwise.init(tx, parts, weights=written)
+        opt_state = opt_state if spike_limit is None else new_state(opt_state)
+        return TrainState(jnp.zeros([], jnp.int32), parts, opt_state)
 
-    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Any]:
+    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Outcome]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if spike_limit is None:
             params, opt_state, loss = plain_step(state.params, state.opt_state, tokens, key)
-            return TrainState(state.step + 1, params, opt_state), loss
-        health = health_of(state)
-        params, opt_state, loss, report = guarded_step(
-            state.params, state.opt_state, tokens, key, max_loss(health, spike_limit)
+            return TrainState(state.step + 1, params, opt_state), Outcome(loss)
+        before = state.opt_state
+        params, inner_state, loss, report = guarded_step(
+            state.params, before.inner_state, tokens, key, max_loss(before, spike_limit)
         )
-        verdict = judge(health, loss, report.largest, spike_limit=spike_limit)
-        outcome = Outcome(loss, verdict, report.moved, report.parts)
-        return TrainState(state.step + 1, params, opt_state, record(health, outcome)), outcome
+        after = judged(before, loss, report.largest, spike_limit=spike_limit)
+        outcome = Outcome(loss, after.cause, report.moved, report.parts)
+        after = after._replace(inner_state=inner_state)
+        return TrainState(state.step + 1, params, after), outcome
 
     def float_params(params: PyTree) -> model.Params:
         return join_params(quantization.dequantize(params))

@@ -12,7 +12,14 @@ from examples.llama.mesh import devices_dividing_batch
 from examples.llama.options import RunSettings
 from examples.llama.run import Run, abstract_state
 
-__all__ = ["Needed", "advice", "device_bytes", "needed_bytes", "require_memory"]
+__all__ = [
+    "Needed",
+    "advice",
+    "bytes_on_a_device",
+    "device_bytes",
+    "needed_bytes",
+    "require_memory",
+]
 
 _GIB = 2**30
 _BYTES = {"f32": 4, "bf16": 2}
@@ -48,7 +55,7 @@ def needed_bytes(run: Run) -> Needed:
     settings, shape = run.settings, run.settings.model
     state = abstract_state(run)
     sizes = run.mesh.shape if run.mesh is not None else {}
-    weights = _bytes_on_a_device(state.params)
+    weights = bytes_on_a_device(state.params)
     layerwise = settings.update == "layerwise"
     tokens = settings.tokens_per_step // settings.micro_batches / devices_dividing_batch(sizes)
     activations = shape.num_layers * tokens * shape.hidden_size * _BYTES[settings.compute]
@@ -60,10 +67,11 @@ def needed_bytes(run: Run) -> Needed:
         wide = 4 / _BYTES[settings.weights] if settings.micro_batches > 1 else 1
         gradients = weights * wide
         activations += tokens * shape.vocab_size / sizes.get("tensor", 1) * 4
-    return Needed(weights, _bytes_on_a_device(state.opt_state), int(gradients), int(activations))
+    return Needed(weights, bytes_on_a_device(state.opt_state), int(gradients), int(activations))
 
 
-def _bytes_on_a_device(tree: PyTree) -> int:
+def bytes_on_a_device(tree: PyTree) -> int:
+    """Returns the bytes of arrays, or of ShapeDtypeStructs, on each of the devices they lie on."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

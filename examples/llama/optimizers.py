@@ -2,20 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from jaxtyping import PyTree
 
 import apollo_optax
+from examples.llama.command_line import LEFT_OUT, LeftOut, check_ranges, default
 
 __all__ = [
-    "DEFAULT_ALPHAS",
     "DEFAULT_LEARNING_RATES",
     "FINE_TUNING_LEARNING_RATES",
     "FLOAT32_MOMENTS",
+    "LEFT_OPEN",
     "OPTIMIZERS",
     "OPTIONS_OF",
     "OptimizerName",
@@ -52,9 +54,6 @@ FINE_TUNING_LEARNING_RATES: dict[str, float] = {
 """Peak learning rates of loaded models: AdamW's usual 2e-5, a hundredth of that of a small new
 model, and as much for the others; for APOLLO and APOLLO-Mini those of the paper's fine-tuning."""
 
-DEFAULT_ALPHAS: dict[str, float] = {"apollo": 1.0, "apollo_mini": 128**0.5, "galore": 0.25}
-"""What each paper multiplies the updates of projected matrices by."""
-
 FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini")
 """Optimizers whose moments are float32 whatever the weights are."""
 
@@ -79,69 +78,66 @@ class OptimizerSettings:
     """An optimizer and everything that decides its updates.
 
     Attributes:
-      name: One of `OPTIMIZERS`.
-      learning_rate: The peak. Adafactor's is relative to the root mean square of the weights.
+      name: APOLLO's, or one of Optax's.
+      learning_rate: Its peak. Adafactor's is relative to the root mean square of the weights.
       total_steps: Optimizer steps of the whole run, which the schedule spreads over.
-      warmup_fraction: Part of the steps in which the learning rate rises to its peak.
+      warmup_fraction: Part of the steps in which the learning rate rises from 0 to its peak; a
+        cosine leads from there to a tenth of it.
       final_fraction: The last step's learning rate over the peak.
-      weight_decay: Decoupled, times the learning rate; on matrices only.
+      weight_decay: Decoupled weight decay of the matrices, times the learning rate.
       clip: Largest global norm of the gradients; 0 for no clipping.
-      rank: Rows of the projection (`apollo`, `galore`).
-      alpha: Factor of projected matrices' updates (`apollo`, `apollo_mini`, `galore`).
-      granularity: What shares a factor (`apollo`): "channel" or "tensor".
-      update_proj_gap: Steps between two projections (`apollo`, `apollo_mini`, `galore`).
-      projection: What P is drawn as (`apollo`, `apollo_mini`).
-      norm_growth_limit: Largest ratio of the norms of consecutive updates (`apollo`,
-        `apollo_mini`); None for no limit.
-      project_embeddings: Whether `apollo`, `apollo_mini`, `galore` and `muon` treat the embedding
-        and the head as they do the other matrices, instead of training them with Adam.
-      momentum: Decay of the sum of past gradients (`sgd`); 0 keeps none, and no state.
+      rank: Rows of the projection; for apollo and galore.
+      alpha: Factor of the projected updates; for apollo, apollo_mini and galore.
+      granularity: What shares a learning rate, a channel or a whole matrix; for apollo.
+      update_proj_gap: Steps between two projections; for apollo, apollo_mini and galore.
+      projection: What the projection is drawn from; for apollo and apollo_mini.
+      norm_growth_limit: Largest ratio of the norms of a matrix's consecutive updates, 0 for no
+        limit; for apollo and apollo_mini.
+      project_embeddings: Treat embedding and head as the other matrices, instead of training them
+        with Adam as the paper does; for apollo, apollo_mini, galore and muon.
+      momentum: Decay of the sum of past gradients, 0 for none; for sgd.
       seed: Seed of the projections.
     """
 
-    name: OptimizerName
-    learning_rate: float
-    total_steps: int
-    warmup_fraction: float = 0.1
-    final_fraction: float = 0.1
-    weight_decay: float = 0.0
+    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")]
+    learning_rate: Annotated[
+        LeftOut[float], default("FLOAT", "the optimizer's own; smaller with --load")
+    ]
+    total_steps: Annotated[
+        LeftOut[int],
+        default("INT", "the paper's; nano: 400; others: 10,000; --load: 3 epochs", name="steps"),
+    ]
+    warmup_fraction: Annotated[LeftOut[float], default("FLOAT", "0.1; nano: 0.3")] = 0.1
+    final_fraction: tyro.conf.Suppress[float] = 0.1
+    weight_decay: Annotated[LeftOut[float], default("FLOAT", "0")] = 0.0
     clip: float = 0.0
-    rank: int = 256
-    alpha: float = 1.0
-    granularity: Literal["channel", "tensor"] = "channel"
-    update_proj_gap: int = 200
-    projection: ProjectionName = "gaussian"
-    norm_growth_limit: float | None = 1.01
+    rank: Annotated[LeftOut[int], default("INT", "a quarter of the hidden size; --load: 32")] = 256
+    alpha: Annotated[
+        LeftOut[float],
+        default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4; --load: sqrt 5, sqrt 128, 1/4"),
+    ] = 1.0
+    granularity: Annotated[
+        LeftOut[Literal["channel", "tensor"]], default("{channel,tensor}", "channel")
+    ] = "channel"
+    update_proj_gap: Annotated[LeftOut[int], default("INT", "200")] = 200
+    projection: Annotated[
+        LeftOut[ProjectionName], default("{gaussian,rademacher,svd}", "gaussian")
+    ] = "gaussian"
+    norm_growth_limit: Annotated[LeftOut[float], default("FLOAT", "1.01")] = 1.01
     project_embeddings: bool = False
-    momentum: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _require(
-            self.granularity in ("channel", "tensor"),
-            "granularity",
-            self.granularity,
-            "channel or tensor",
-        )
-        _require(
-            self.projection in ("gaussian", "rademacher", "svd"),
-            "projection",
-            self.projection,
-            "gaussian, rademacher or svd",
-        )
-        _require(self.name in OPTIMIZERS, "optimizer", self.name, f"one of {', '.join(OPTIMIZERS)}")
-        _require(self.learning_rate > 0, "learning rate", self.learning_rate, "a positive number")
-        _require(self.total_steps >= 1, "steps", self.total_steps, "at least 1")
-        _require(0 <= self.warmup_fraction < 1, "warm-up", self.warmup_fraction, "in [0, 1)")
-        _require(0 <= self.final_fraction <= 1, "final fraction", self.final_fraction, "in [0, 1]")
-        _require(self.weight_decay >= 0, "weight decay", self.weight_decay, "at least 0")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _require(self.clip >= 0, "clip", self.clip, "a positive norm, or 0 for no clipping")
+    momentum: Annotated[LeftOut[float], default("FLOAT", "0.9")] = 0.0
+    seed: tyro.conf.Suppress[int] = 0
 
 
-def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; expected {allowed}")
+LEFT_OPEN = OptimizerSettings(
+    "apollo",
+    LEFT_OUT,
+    LEFT_OUT,
+    **dict.fromkeys(
+        ("warmup_fraction", "weight_decay", *OPTIONS_OF.keys() - {"project_embeddings"}), LEFT_OUT
+    ),
+)
+"""What a command line that gives no flag says of the optimizer."""
 
 
 def learning_rate_schedule(settings: OptimizerSettings) -> optax.Schedule:
@@ -183,122 +179,75 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     Raises:
       ValueError: If a setting is out of the range of its optimizer.
     """
-    optimizer = _CONSTRUCTORS[settings.name](settings, learning_rate_schedule(settings))
+    check_ranges(settings)
+    optimizer = _make(settings, learning_rate_schedule(settings))
     if settings.clip == 0:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer)
 
 
-def _apollo(
+def _make(
     settings: OptimizerSettings, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    return apollo_optax.apollo(
-        learning_rate,
-        settings.rank,
-        update_proj_gap=settings.update_proj_gap,
-        scale=settings.alpha,
-        granularity=settings.granularity,
-        **_apollo_arguments(settings),
+    decay: dict[str, Any] = {"weight_decay": settings.weight_decay, "mask": decayed_leaves}
+    # For what has no decay of its own, or one that has no mask for all that it trains.
+    decay_and_rate = optax.chain(
+        optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(learning_rate)
     )
-
-
-def _apollo_mini(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return apollo_optax.apollo_mini(
-        learning_rate,
-        update_proj_gap=settings.update_proj_gap,
-        scale=settings.alpha,
-        **_apollo_arguments(settings),
-    )
+    match settings.name:
+        case "apollo":
+            return apollo_optax.apollo(
+                learning_rate,
+                settings.rank,
+                granularity=settings.granularity,
+                **_apollo_arguments(settings),
+                **decay,
+            )
+        case "apollo_mini":
+            return apollo_optax.apollo_mini(learning_rate, **_apollo_arguments(settings), **decay)
+        case "adamw":
+            return optax.adamw(learning_rate, **decay)
+        case "lion":
+            return optax.lion(learning_rate, **decay)
+        case "adafactor":
+            # Optax adds Adafactor's decay after the learning rate, that of the others before it.
+            return optax.adafactor(
+                learning_rate,
+                weight_decay_rate=lambda count: settings.weight_decay * learning_rate(count),
+                weight_decay_mask=decayed_leaves,
+            )
+        case "muon":
+            specs = _matrices(settings, optax.contrib.MuonDimensionNumbers)
+            # Uphill, for the learning rate that follows.
+            uphill = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=specs)
+            return optax.chain(uphill, decay_and_rate)
+        case "galore":
+            return unstack_blocks(
+                optax.contrib.galore(
+                    learning_rate,
+                    settings.rank,
+                    settings.update_proj_gap,
+                    settings.alpha,
+                    weight_dimension_numbers=_matrices(
+                        settings, optax.contrib.GaLoreDimensionNumbers
+                    ),
+                    **decay,
+                )
+            )
+        case "sgd":
+            momentum = optax.trace(settings.momentum) if settings.momentum else optax.identity()
+            return optax.chain(momentum, decay_and_rate)
 
 
 def _apollo_arguments(settings: OptimizerSettings) -> dict[str, Any]:
     return {
-        "norm_growth_limit": settings.norm_growth_limit,
+        "update_proj_gap": settings.update_proj_gap,
+        "scale": settings.alpha,
+        "norm_growth_limit": settings.norm_growth_limit or None,
         "projection": getattr(apollo_optax, settings.projection),
         "key": settings.seed,
         "weight_dimension_numbers": _matrices(settings, apollo_optax.ApolloDimensionNumbers),
-        "weight_decay": settings.weight_decay,
-        "mask": decayed_leaves,
     }
-
-
-def _adamw(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return optax.adamw(learning_rate, weight_decay=settings.weight_decay, mask=decayed_leaves)
-
-
-def _adafactor(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    # Optax adds Adafactor's decay after the learning rate, that of the others before it.
-    return optax.adafactor(
-        learning_rate,
-        weight_decay_rate=lambda count: settings.weight_decay * learning_rate(count),
-        weight_decay_mask=decayed_leaves,
-    )
-
-
-def _lion(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return optax.lion(learning_rate, weight_decay=settings.weight_decay, mask=decayed_leaves)
-
-
-def _muon(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    # Muon's own decay has no mask for what Adam trains: embedding and head, but the norms too.
-    return optax.chain(
-        optax.contrib.muon(
-            -1.0,  # uphill, for the learning rate below
-            muon_weight_dimension_numbers=_matrices(settings, optax.contrib.MuonDimensionNumbers),
-        ),
-        optax.add_decayed_weights(settings.weight_decay, decayed_leaves),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def _galore(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return unstack_blocks(
-        optax.contrib.galore(
-            learning_rate,
-            settings.rank,
-            settings.update_proj_gap,
-            settings.alpha,
-            weight_decay=settings.weight_decay,
-            mask=decayed_leaves,
-            weight_dimension_numbers=_matrices(settings, optax.contrib.GaLoreDimensionNumbers),
-        )
-    )
-
-
-def _sgd(
-    settings: OptimizerSettings, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.trace(decay=settings.momentum) if settings.momentum else optax.identity(),
-        optax.add_decayed_weights(settings.weight_decay, decayed_leaves),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-_CONSTRUCTORS: dict[
-    str, Callable[[OptimizerSettings, optax.Schedule], optax.GradientTransformation]
-] = {
-    "apollo": _apollo,
-    "apollo_mini": _apollo_mini,
-    "adamw": _adamw,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "muon": _muon,
-    "galore": _galore,
-    "sgd": _sgd,
-}
 
 
 def _matrices(

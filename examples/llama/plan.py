@@ -2,38 +2,29 @@
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import tyro
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
+from jax.sharding import Mesh
 
 from apollo_optax import planning
-from apollo_optax.sharding import shardings_of
-from examples.llama import model
-from examples.llama.command_line import MODEL_NAME, parse
+from examples.llama.command_line import MODEL_NAME, check_ranges, parse
 from examples.llama.config import MODELS, PRESETS, parameter_count
-from examples.llama.layered import layered_training
+from examples.llama.memory import bytes_on_a_device
 from examples.llama.mesh import (
-    batch_sharding,
     devices_dividing_batch,
-    param_shardings,
     parse_mesh,
 )
 from examples.llama.optimizers import (
     DEFAULT_LEARNING_RATES,
-    FLOAT32_MOMENTS,
     OptimizerName,
     OptimizerSettings,
-    make_optimizer,
 )
-from examples.llama.options import ModelName, Weights
-from examples.llama.train import Training, standard_training
+from examples.llama.options import ModelName, RunSettings, Weights
+from examples.llama.run import Run, abstract_state, abstract_tokens, placed_step
 
 __all__ = ["PlanConfig", "argument_bytes", "main", "plan_report", "plan_step", "weight_bytes"]
 
@@ -42,7 +33,6 @@ _EXAMPLES = (
     "--model 7b --device a100-80gb --weights int8 --update layerwise --sequence 2048",
     "--model 13b --device tpu-v5e:4x4 --optimizer apollo --mesh fsdp=16 --remat --largest-batch",
 )
-_WEIGHTS: dict[str, DTypeLike] = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.float32}
 _BYTES_A_WEIGHT = {"f32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 128}
 _STEPS = 1000
 
@@ -137,13 +127,7 @@ def plan_step(config: PlanConfig) -> planning.Plan:
         together.
       ImportError: If the compiler of the device is not installed.
     """
-    for flag, value in (
-        ("--batch", config.batch),
-        ("--sequence", config.sequence),
-        ("--rank", config.rank),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} is {value}; expected at least 1")
+    check_ranges(config)
     mesh = _mesh(config)
     step, args = _step(config, mesh, config.batch)
     return planning.compile_for(config.device, step, *args, mesh=mesh)
@@ -156,11 +140,8 @@ def weight_bytes(config: PlanConfig) -> int:
 
 def argument_bytes(config: PlanConfig) -> int:
     """Returns the bytes of a device's weights, optimizer state and batch; nothing is compiled."""
-    _, args = _step(config, _mesh(config), config.batch)
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(args)
-    )
+    run = _run(config, _mesh(config), config.batch)
+    return bytes_on_a_device((abstract_state(run), abstract_tokens(run)))
 
 
 def _largest_batch(config: PlanConfig) -> int:
@@ -184,58 +165,34 @@ def _mesh(config: PlanConfig) -> Mesh:
 
 def _step(config: PlanConfig, mesh: Mesh, batch: int) -> tuple[Callable[..., Any], tuple[Any, Any]]:
     """The step and its arguments' shapes, for `batch` sequences a device."""
-    shape = MODELS[config.model]
-    training = _training(config)
-    params = jax.eval_shape(
-        lambda: model.init_params(
-            shape, 0, param_dtype=_WEIGHTS[config.weights], convert=training.keep
-        )
-    )
-    shardings = shardings_of(training.init_state, params, param_shardings(mesh, params))
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(training.init_state, params),
-        shardings,
-    )
-    tokens = jax.ShapeDtypeStruct(
-        (batch * devices_dividing_batch(mesh.shape), config.sequence + 1),
-        jnp.int32,
-        sharding=batch_sharding(mesh),
-    )
-    step = jax.jit(
-        training.step,
-        donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-    )
-    return step, (state, tokens)
+    run = _run(config, mesh, batch)
+    return placed_step(run), (abstract_state(run), abstract_tokens(run))
 
 
-def _training(config: PlanConfig) -> Training:
-    shape = MODELS[config.model]
-    preset = PRESETS.get(config.model)
-    tx = make_optimizer(
-        OptimizerSettings(
+def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
+    """What `pretrain` would train, but for the guard of its steps."""
+    shape, preset = MODELS[config.model], PRESETS.get(config.model)
+    settings = RunSettings(
+        model=shape,
+        load=None,
+        optimizer=OptimizerSettings(
             config.optimizer,
             DEFAULT_LEARNING_RATES[config.optimizer],
             _STEPS,
             rank=config.rank or (preset.rank if preset else max(1, shape.hidden_size // 4)),
             project_embeddings=config.project_embeddings,
-        )
+        ),
+        weights=config.weights,
+        compute="f32" if config.weights == "f32" else "bf16",
+        remat=config.remat,
+        batch=batch * devices_dividing_batch(mesh.shape),
+        sequence=config.sequence,
+        micro_batches=1,
+        update=config.update,
+        spike_limit=None,
+        data="",
     )
-    dtype = jnp.float32 if config.weights == "f32" else jnp.bfloat16
-    if config.update == "layerwise":
-        return layered_training(
-            shape,
-            tx,
-            weights=config.weights,
-            dtype=dtype,
-            float32_moments=config.moments == "f32" and config.optimizer not in FLOAT32_MOMENTS,
-        )
-    if config.weights == "int8":
-        raise ValueError("int8 weights are trained layer by layer; add --update layerwise")
-    return standard_training(
-        shape, tx, dtype=dtype, remat=config.remat, float32_moments=config.moments == "f32"
-    )
+    return Run(settings, Path(), False, mesh, float32_moments=config.moments == "f32")
 
 
 def _readable(config: PlanConfig, report: dict[str, Any]) -> str:

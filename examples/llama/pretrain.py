@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from examples.llama.interruption import caught_signals
 from examples.llama.memory import advice, require_memory
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
-from examples.llama.optimizers import make_optimizer
+from examples.llama.model import Params
 from examples.llama.options import (
     PretrainConfig,
     RunSettings,
@@ -33,7 +33,6 @@ from examples.llama.options import (
 from examples.llama.processes import joined_processes, lost_process, writes_files
 from examples.llama.report import RunResult, draw_curves, results_table, write_results
 from examples.llama.run import (
-    Evaluation,
     Run,
     TooManySkippedError,
     has_checkpoint,
@@ -41,7 +40,7 @@ from examples.llama.run import (
     read_result,
     train_run,
 )
-from examples.llama.summary import optimizer_line, settings_lines
+from examples.llama.summary import optimizer_line, settings_lines, state_line, state_table
 from examples.llama.text import Text, read_text, training_batches, validation_batches
 from examples.llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -64,13 +63,13 @@ class Plan(NamedTuple):
     Attributes:
       runs: One an optimizer, in the order they are trained.
       text: What all are trained on.
-      evaluation: How all are evaluated.
+      validation_loss: How all are evaluated, by a state's parameters.
       folder: Where the comparison is written.
     """
 
     runs: Sequence[Run]
     text: Text
-    evaluation: Evaluation
+    validation_loss: Callable[[Params], float]
     folder: Path
 
 
@@ -87,54 +86,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(PretrainConfig, _PROGRAM, arguments, _EXAMPLES)
+    resuming = _resuming_command(arguments)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(joined_processes(config.processes))
+            if config.output.describe:
+                return _describe(config)
             plan = prepare(config)
         except (ValueError, ImportError, OSError, jax.errors.JaxRuntimeError) as error:
             return _answer(f"error: {error}", exit_code=2)
         except KeyboardInterrupt:
             return _answer("Aborted before the first step", exit_code=128 + signal.SIGINT)
-        return _train_and_report(plan, config, arguments)
-
-
-def _train_and_report(plan: Plan, config: PretrainConfig, arguments: Sequence[str]) -> int:
-    console = rich.console.Console(
-        highlight=False, markup=False, soft_wrap=True, quiet=not writes_files()
-    )
-    resuming = _resuming_command(arguments)
-    mesh = plan.runs[0].mesh
-    with caught_signals() as caught, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        console = rich.console.Console(
+            highlight=False, markup=False, soft_wrap=True, quiet=not writes_files()
+        )
+        mesh = plan.runs[0].mesh
         try:
-            results = train_all(plan, config, console, caught)
-        except OSError as error:
-            return _answer(f"error: {error}. To go on: {resuming}", exit_code=1)
-        except TooManySkippedError as error:
-            return _answer(
-                f"error: {error}. To go on from it with a lower --learning-rate or another "
-                f"--seed: {resuming} --allow-changes",
-                exit_code=1,
-            )
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
-                message = f"error: out of memory: {error}; {advice(plan.runs[0].settings)}"
-                return _answer(message, exit_code=1)
-            if jax.process_count() == 1:
-                raise
-            lost_process(
-                f"error: a step of all {jax.process_count()} processes failed, so that one of "
-                f"them may have ended: {error}. To go on, start all again with --resume"
-            )
+            with (
+                caught_signals() as caught,
+                jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
+            ):
+                results = train_all(plan, config, console, caught)
+        except (OSError, TooManySkippedError, MemoryError, jax.errors.JaxRuntimeError) as error:
+            return _answer(_explanation(error, plan, resuming), exit_code=1)
         except KeyboardInterrupt:
             console.print(f"Aborted. To go on from the last checkpoint, if any:\n{resuming}")
             return 128 + signal.SIGINT
-    if len(results) < len(plan.runs):
-        console.print(f"Stopped and saved. To go on:\n{resuming}")
-        # Of several processes, another one may have been told to stop.
-        return 128 + (caught[0] if caught else signal.SIGTERM)
-    if writes_files():
-        _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
+        if len(results) < len(plan.runs):
+            console.print(f"Stopped and saved. To go on:\n{resuming}")
+            # Of several processes, another one may have been told to stop.
+            return 128 + (caught[0] if caught else signal.SIGTERM)
+        if writes_files():
+            _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
     return 0
+
+
+def _describe(config: PretrainConfig) -> int:
+    settings, _ = _resolved(config)
+    for each in settings:
+        print(f"{optimizer_line(each)}\n{state_table(each)}\n")
+    return 0
+
+
+def _explanation(error: Exception, plan: Plan, resuming: str) -> str:
+    """Says why training ended and how to go on; raises what is an error of the program."""
+    if isinstance(error, OSError):
+        return f"error: {error}. To go on: {resuming}"
+    if isinstance(error, TooManySkippedError):
+        return (
+            f"error: {error}. To go on from it with a lower --learning-rate or another --seed: "
+            f"{resuming} --allow-changes"
+        )
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
+        return f"error: out of memory: {error}; {advice(plan.runs[0].settings)}"
+    if jax.process_count() == 1:
+        raise error
+    lost_process(
+        f"error: a step of all {jax.process_count()} processes failed, so that one of them may "
+        f"have ended: {error}. To go on, start all again with --resume"
+    )
 
 
 def _answer(message: str, *, exit_code: int) -> int:
@@ -161,13 +171,33 @@ def prepare(config: PretrainConfig) -> Plan:
       OSError: If something cannot be read.
       ImportError: If the text needs a package that is not installed.
     """
+    settings, text = _resolved(config)
+    folder = _folder(config)
+    mesh = _mesh(config, settings[0])
+    runs = []
+    for each in settings:
+        place = folder / each.optimizer.name if len(settings) > 1 else folder
+        runs.append(Run(each, place, has_checkpoint(each, place, config.output), mesh))
+        require_memory(runs[-1])
+    training_batches(text, settings[0]).close()
+    batches = validation_batches(text, settings[0], max_batches=config.output.evaluation_batches)
+    validation_loss = prepare_evaluation(runs[0], batches)
+    # A folder without one is of a run that was killed before its first.
+    if config.output.resume and not any(run.resume for run in runs) and not folder.is_dir():
+        raise ValueError(
+            f"there is no checkpoint to resume in {folder}; leave --resume out to start, or name "
+            "the --output of the run"
+        )
+    return Plan(runs, text, validation_loss, folder)
+
+
+def _resolved(config: PretrainConfig) -> tuple[list[RunSettings], Text]:
+    """Returns the settings of each run and the text, as `prepare` raises."""
     check_options(config)
-    names = compared_optimizers(config.optimizer)
     _require_folder("--output", config.output.folder)
     _require_folder("--export", config.output.export)
-    folder = config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
     corpus = load_corpus(config.data.source)
-    tokenizer = _tokenizer(config, corpus, folder)
+    tokenizer = _tokenizer(config, corpus, _folder(config))
     stored = _model(config, tokenizer)
     text = read_text(corpus, tokenizer)
     settings = [
@@ -179,34 +209,14 @@ def prepare(config: PretrainConfig) -> Plan:
             text_digest=text.digest,
             text_tokens=text.train_tokens,
         )
-        for name in names
+        for name in compared_optimizers(config)
     ]
-    for each in settings:
-        make_optimizer(each.optimizer)
-    mesh = _mesh(config, settings[0])
-    runs = [
-        Run(each, folder / name if len(names) > 1 else folder, config.output.resume, mesh)
-        for name, each in zip(names, settings, strict=True)
-    ]
-    for run in runs:
-        require_memory(run)
-    training_batches(text, settings[0]).close()
-    batches = validation_batches(text, settings[0], max_batches=config.training.evaluation_batches)
-    evaluation = prepare_evaluation(
-        settings[0],
-        batches,
-        every=config.training.evaluate_every or max(1, settings[0].steps // 5),
-        mesh=mesh,
-    )
-    changes = config.output.allow_changes
-    runs = [run._replace(resume=has_checkpoint(run, changes=changes)) for run in runs]
-    # A folder without one is of a run that was killed before its first.
-    if config.output.resume and not any(run.resume for run in runs) and not folder.is_dir():
-        raise ValueError(
-            f"there is no checkpoint to resume in {folder}; leave --resume out to start, or name "
-            "the --output of the run"
-        )
-    return Plan(runs, text, evaluation, folder)
+    return settings, text
+
+
+def _folder(config: PretrainConfig) -> Path:
+    names = compared_optimizers(config)
+    return config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
 
 
 def _require_folder(flag: str, path: Path | None) -> None:
@@ -221,14 +231,14 @@ def _model_name(config: PretrainConfig) -> str:
 
 
 def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
-    if config.training.mesh is None:
+    if config.processes.mesh is None:
         if jax.process_count() > 1:
             raise ValueError(
                 f"{jax.process_count()} processes train on one --mesh; give it the sizes of all "
                 f"{jax.device_count()} devices, such as --mesh data={jax.device_count()}"
             )
         return None
-    sizes = parse_mesh(config.training.mesh)
+    sizes = parse_mesh(config.processes.mesh)
     mesh = make_mesh(sizes)
     parts, sequences = devices_dividing_batch(sizes), settings.batch // settings.micro_batches
     if sequences % parts:
@@ -310,15 +320,15 @@ def train_all(
             output = dataclasses.replace(output, export=output.export / run.settings.optimizer.name)
         exported = output.export is None or output.export.exists()
         console.print(f"{optimizer_line(run.settings)}; to {run.folder}")
+        console.print(state_line(run.settings))
         result = read_result(run) if exported else None
         result = result or train_run(
             run,
             plan.text,
-            plan.evaluation,
+            plan.validation_loss,
             output,
             console,
             lambda: bool(caught),
-            config.training.most_skipped,
         )
         if result is None:
             break

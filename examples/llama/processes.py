@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from examples.llama.command_line import check_ranges
 from examples.llama.options import ProcessOptions
 
 __all__ = [
@@ -47,8 +48,7 @@ def check_processes(options: ProcessOptions) -> None:
             f"--coordinator is {options.coordinator}; expected HOST:PORT, the address of process "
             "0, or auto"
         )
-    if options.process_timeout < 1:
-        raise ValueError(f"--process-timeout is {options.process_timeout}; expected at least 1")
+    check_ranges(options)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class RunResult:
       state_bytes: Bytes of all arrays of the optimizer's state.
       parameter_bytes: Bytes of all parameters.
       step_milliseconds: Median time of a step; None if none was taken.
-      skipped_steps: How many of the steps were skipped, as `health` decides.
+      skipped_steps: How many of the steps were skipped, as `skip_bad_steps` decides.
       sample: Text the trained model wrote, after its prompt; "" for none.
       machine: The machine and the versions that the run ended on.
     """

@@ -1,13 +1,17 @@
-"""What a run is about to do, in a few lines: device, model, batch, optimizer."""
+"""What a run is about to do, in a few lines: device, model, batch, optimizer and its state."""
+
+import functools
 
 import jax
 from jax.sharding import Mesh
 
+from apollo_optax import Description, describe
+from examples.llama import model
 from examples.llama.config import parameter_count
-from examples.llama.optimizers import OPTIONS_OF
+from examples.llama.optimizers import OPTIONS_OF, make_optimizer
 from examples.llama.options import RunSettings
 
-__all__ = ["optimizer_line", "settings_lines"]
+__all__ = ["optimizer_line", "settings_lines", "state_line", "state_table"]
 
 _NO_ACCELERATOR = (
     "no accelerator found; JAX for one is pip install -U 'jax[cuda13]' (NVIDIA) or 'jax[tpu]'"
@@ -59,6 +63,20 @@ def optimizer_line(settings: RunSettings) -> str:
             shown = f"{value:.4g}" if isinstance(value, float) else value
             parts.append(name if value is True else f"{name} {shown}")
     return f"{optimizer.name}: {', '.join(parts)}"
+
+
+def state_table(settings: RunSettings) -> Description:
+    """Returns what the optimizer keeps for each parameter; nothing is allocated."""
+    params = jax.eval_shape(lambda: model.init_params(settings.model, 0))
+    forward = functools.partial(model.forward, settings.model)
+    tokens = jax.ShapeDtypeStruct((1, settings.sequence), "int32")
+    return describe(params, make_optimizer(settings.optimizer), forward, tokens)
+
+
+def state_line(settings: RunSettings) -> str:
+    """Returns the sum of the table."""
+    table = state_table(settings)
+    return f"state    {table.state_bytes:,} bytes, {table.over_adamw:.4f} of AdamW's"
 
 
 def _devices(mesh: Mesh | None) -> str:

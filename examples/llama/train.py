@@ -13,14 +13,13 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 import apollo_optax
 from examples.llama import model
+from examples.llama.bad_steps import Outcome, skip_bad_steps
 from examples.llama.config import LlamaConfig
-from examples.llama.health import Health, Outcome, judge, largest_of, new_health, record
 
 __all__ = [
     "Rounding",
     "TrainState",
     "Training",
-    "health_of",
     "in_float32",
     "init_state",
     "make_loss",
@@ -42,25 +41,12 @@ class TrainState(NamedTuple):
     Attributes:
       step: Optimizer steps done, int32 scalar.
       params: The parameters, in the form that `Training` keeps them in.
-      opt_state: The optimizer's state.
-      health: Of the steps done; None where none is skipped.
+      opt_state: The optimizer's state; a `SkipState` where bad steps are skipped.
     """
 
     step: Int32[Array, ""]
     params: PyTree
     opt_state: optax.OptState
-    health: Health | None = None
-
-
-def health_of(state: TrainState) -> Health:
-    """Returns the health of a state that a guarded step reads.
-
-    Raises:
-      ValueError: If the state is that of a step that is not guarded.
-    """
-    if state.health is None:
-        raise ValueError("the state has no health; make it with a spike_limit")
-    return state.health
 
 
 class Training(NamedTuple):
@@ -70,9 +56,8 @@ class Training(NamedTuple):
       keep: Turns float parameters, one layer's or all others', into the format they are trained
         in; what `model.init_params` takes as `convert`.
       init_state: Makes the state before the first step of the parameters that result.
-      step: The jitted step, `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before
-        the step)`, or `-> (state, Outcome)` if guarded. It takes over the memory of the state it
-        is given.
+      step: The jitted step, `(state, int32 (batch, sequence + 1)) -> (state, Outcome)`. It takes
+        over the memory of the state it is given.
       loss: `(state.params, tokens) -> float32 scalar`, to evaluate with.
       logits: `(state.params, int32 (batch, sequence)) -> float32 (batch, sequence, vocab)`.
       float_params: Turns `state.params` into what `model.forward` takes.
@@ -100,19 +85,14 @@ def standard_training(
 ) -> Training:
     """Returns training with a gradient of the whole model; see `make_loss`, `make_train_step`.
 
-    With `float32_moments` the optimizer is run `in_float32`.
+    With `float32_moments` the optimizer is run `in_float32`, with a `spike_limit` bad steps are
+    skipped as by `skip_bad_steps`.
     """
     tx = in_float32(tx) if float32_moments else tx
+    tx = tx if spike_limit is None else skip_bad_steps(tx, spike_limit)
     loss = make_loss(config, dtype=dtype, remat=remat)
-    step = make_train_step(
-        loss,
-        tx,
-        micro_batches=micro_batches,
-        seed=seed,
-        rounding=rounding,
-        spike_limit=spike_limit,
-    )
-    init = functools.partial(init_state, tx, guarded=spike_limit is not None)
+    step = make_train_step(loss, tx, micro_batches=micro_batches, seed=seed, rounding=rounding)
+    init = functools.partial(init_state, tx)
     logits = functools.partial(model.forward, config, dtype=dtype)
     return Training(unchanged, init, step, loss, logits, unchanged)
 
@@ -145,12 +125,9 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def init_state(
-    tx: optax.GradientTransformation, params: model.Params, *, guarded: bool = False
-) -> TrainState:
+def init_state(tx: optax.GradientTransformation, params: model.Params) -> TrainState:
     """Returns the state before the first step."""
-    health = new_health() if guarded else None
-    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(tx.init)(params), health)
+    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(tx.init)(params))
 
 
 def make_loss(config: LlamaConfig, *, dtype: DTypeLike, remat: bool) -> LossFunction:
@@ -179,7 +156,6 @@ def make_train_step(
     micro_batches: int = 1,
     seed: int = 0,
     rounding: Rounding = "stochastic",
-    spike_limit: float | None = None,
 ) -> jax.stages.Wrapped:
     """Returns the jitted step. It takes over the memory of the state it is given.
 
@@ -190,32 +166,22 @@ def make_train_step(
         another in float32; divides the batch.
       seed: Seed of the stochastic rounding of bfloat16 weights.
       rounding: Of bfloat16 weights; "nearest" loses small updates, and is there to compare with.
-      spike_limit: Guards the step: weights and optimizer state stay as they are if loss or
-        gradients are not finite, the gradients are all zero, or the loss is so many nats above the
-        mean of those before, 0 for any. None: every step is taken.
 
     Returns:
-      `(state, int32 (batch, sequence + 1)) -> (state, float32 loss before the step)`; guarded,
-      `-> (state, Outcome)`, of a state with health.
+      `(state, int32 (batch, sequence + 1)) -> (state, Outcome)`.
     """
+    update = optax.with_extra_args_support(tx).update
 
-    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Any]:
+    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Outcome]:
         value, grads = _value_and_grad(loss, state.params, tokens, micro_batches)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=value)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if rounding == "stochastic":
             params = apollo_optax.apply_updates_stochastic(state.params, updates, key)
         else:
             params = optax.apply_updates(state.params, updates)
-        if spike_limit is None:
-            return TrainState(state.step + 1, params, opt_state), value
-        health = health_of(state)
-        verdict = judge(health, value, largest_of(grads), spike_limit=spike_limit)
-        params, opt_state = optax.tree.where(
-            verdict == 0, (params, opt_state), (state.params, state.opt_state)
-        )
-        outcome = Outcome(value, verdict)
-        return TrainState(state.step + 1, params, opt_state, record(health, outcome)), outcome
+        outcome = Outcome(value, optax.tree.get(opt_state, "cause"))
+        return TrainState(state.step + 1, params, opt_state), outcome
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -31,8 +31,8 @@ def after_steps(tuning: fine_tuning.FineTuning, steps: int) -> tuple[Any, list[f
     state = train.init_state(tuning.tx, jax.tree.map(jnp.copy, tuning.params))
     losses = []
     for _ in range(steps):
-        state, loss = step(state, TOKENS)
-        losses.append(float(loss))
+        state, outcome = step(state, TOKENS)
+        losses.append(float(outcome.loss))
     return state.params, losses
 
 

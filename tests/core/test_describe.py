@@ -66,6 +66,17 @@ def test_layers_are_folded_into_one_row():
     assert rows["layers/*/up"].state_numbers == 12 * (2 * 32 + 1)
 
 
+def test_a_stacked_leaf_whose_layers_a_wrapper_takes_apart_has_their_state():
+    inner = optax.scale_by_adam()
+
+    def init(params):
+        return inner.init({"layers": [{"w": w} for w in params["layers"]["w"]]})
+
+    tx = optax.GradientTransformation(init, inner.update)
+    (row,) = describe({"layers": {"w": jnp.ones((3, 8, 4))}}, tx)
+    assert (row.path, row.state_numbers) == ("layers/w", 2 * 3 * 8 * 4)
+
+
 def test_layers_that_differ_are_rows_of_their_own():
     params = {"layers": [{"w": jnp.ones((8, 8))}, {"w": jnp.ones((8, 4))}]}
     assert [row.path for row in describe(params, optax.sgd(0.1))] == ["layers/0/w", "layers/1/w"]

@@ -133,6 +133,7 @@ def test_layers_may_be_on_another_axis():
 
 UNKNOWN = {
     "heads of another name": tree(attention__qkv__kernel=(64, 3, 4, 16)),
+    "heads of MLA": tree(attention__wq_b__kernel=(24, 4, 32), attention__wkv_b__kernel=(32, 4, 40)),
     "patches": tree(patch_embeddings__kernel=(4, 4, 3, 64)),
     "layers on the second axis": tree(
         attn__q_proj__kernel=(64, 12, 4), attn__o_proj__kernel=(4, 12, 64)

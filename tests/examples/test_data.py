@@ -117,26 +117,13 @@ def test_without_shuffling_windows_come_in_order_each_epoch():
     np.testing.assert_array_equal(ordered, np.concatenate([expected, expected]))
 
 
-@pytest.mark.parametrize("make", [batches, streamed])
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_hold_disjoint_parts_that_make_the_batch_of_one_process(make, process_count):
-    whole = take(make(), 12)
-    parts = [
-        take(make(process_index=index, process_count=process_count), 12)
-        for index in range(process_count)
-    ]
-    for step, batch in enumerate(whole):
-        assert all(part[step].shape[0] == 4 // process_count for part in parts)
-        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), batch)
-
-
 # An epoch is 5 batches in memory and 86 of the stream, which shuffles 256 batches at a time.
 @pytest.mark.parametrize(
     ("make", "steps"), [(batches, (0, 1, 4, 5, 6, 11)), (streamed, (0, 1, 86, 87, 255, 256, 257))]
 )
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_restored_iterator_goes_on_with_exactly_the_next_batch_across_epochs(make, steps, shuffle):
-    options = {"seed": 7, "shuffle": shuffle, "process_index": 1, "process_count": 2}
+    options = {"seed": 7, "shuffle": shuffle}
     uninterrupted = take(make(**options), steps[-1] + 20)
     for step in steps:
         restored = make(**options)
@@ -210,23 +197,6 @@ def test_limited_evaluation_is_spread_over_the_whole_text():
     assert starts == [400 * i for i in range(10)]
 
 
-def test_evaluation_of_processes_makes_the_batches_of_one_process():
-    whole, *parts = (
-        [
-            batch["tokens"]
-            for batch in evaluation_batches(
-                TOKENS, sequence_length=SEQUENCE_LENGTH, batch_size=4, **process
-            )
-        ]
-        for process in (
-            {},
-            {"process_index": 0, "process_count": 2},
-            {"process_index": 1, "process_count": 2},
-        )
-    )
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
-
-
 @pytest.mark.parametrize("shortage", [0, 1])
 def test_text_is_enough_exactly_from_one_whole_batch_on(shortage):
     tokens = np.arange(4 * SEQUENCE_LENGTH + 1 - shortage)
@@ -252,9 +222,6 @@ def test_text_shorter_than_one_window_is_refused(length):
         ({"seed": -1}, "seed is -1; expected 0 to"),
         ({"seed": 2**31}, "seed is 2147483648; expected 0 to"),
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
-        ({"process_count": 0}, "process_count is 0; expected at least 1"),
-        ({"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
-        ({"process_count": 3}, "--batch is 4 over 3 processes; expected a multiple of 3"),
     ],
 )
 def test_bad_argument_is_refused_at_construction(make, options, message):

@@ -1,5 +1,6 @@
 """A run goes on from its checkpoints on other devices than those that wrote them."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def train(flags: list[str], mesh: str | None, *, until: int) -> None:
     number = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     placed = None if mesh is None else make_mesh(sizes, jax.devices()[:number])
     plan = prepare(config)
-    plan = plan._replace(runs=[run._replace(mesh=placed) for run in plan.runs])
+    plan = plan._replace(runs=[dataclasses.replace(run, mesh=placed) for run in plan.runs])
     output = io.StringIO()
 
     class Stop(list):

@@ -15,10 +15,8 @@ from examples.llama.run import Run
 
 
 def run_of(name: Any, model: Any = "nano", mesh: Any = None, **options: Any) -> Run:
-    weights = options.pop("weights", "f32")
-    config = PretrainConfig(
-        model=ModelOptions(name=model, weights=weights), training=TrainingOptions(**options)
-    )
+    training = TrainingOptions(**{"weights": "f32"} | options)
+    config = PretrainConfig(model=ModelOptions(name=model), training=training)
     stored = StoredModel(MODELS[model], "float32")
     settings = resolve(config, name, stored, data="text", text_digest="")
     return Run(settings, Path("run"), resume=False, mesh=mesh)

@@ -6,11 +6,18 @@ import pytest
 
 from examples.llama.config import MODELS
 from examples.llama.huggingface import StoredModel
-from examples.llama.optimizers import DEFAULT_LEARNING_RATES, OPTIMIZERS, OPTIONS_OF, OptimizerName
+from examples.llama.optimizers import (
+    DEFAULT_LEARNING_RATES,
+    LEFT_OPEN,
+    OPTIMIZERS,
+    OPTIONS_OF,
+    OptimizerName,
+    OptimizerSettings,
+)
 from examples.llama.options import (
     ModelName,
     ModelOptions,
-    OptimizerOptions,
+    OutputOptions,
     PretrainConfig,
     RunSettings,
     TrainingOptions,
@@ -18,6 +25,10 @@ from examples.llama.options import (
     compared_optimizers,
     resolve,
 )
+
+
+def optimizer(**given: Any) -> OptimizerSettings:
+    return dataclasses.replace(LEFT_OPEN, **given)
 
 
 def resolved(name: Any, model: str = "nano", **options: Any) -> RunSettings:
@@ -69,8 +80,7 @@ def test_what_is_given_goes_before_the_preset() -> None:
     run = paper(
         "apollo",
         "60m",
-        optimizer=OptimizerOptions(learning_rate=0.5, rank=3),
-        training=TrainingOptions(steps=7),
+        optimizer=optimizer(learning_rate=0.5, rank=3, total_steps=7),
     )
     assert (run.optimizer.learning_rate, run.optimizer.rank, run.steps) == (0.5, 3, 7)
 
@@ -114,7 +124,7 @@ def test_a_loaded_model_sees_its_text_three_times() -> None:
     run = fine_tuning(training=TrainingOptions(batch=10, sequence=100))
     assert (run.steps, run.micro_batches) == (300, 1)
     assert fine_tuning(text_tokens=None).steps == 1000
-    assert fine_tuning(training=TrainingOptions(steps=7)).steps == 7
+    assert fine_tuning(optimizer=optimizer(total_steps=7)).steps == 7
 
 
 def test_a_loaded_model_is_not_given_more_tokens_than_its_context() -> None:
@@ -135,14 +145,14 @@ def test_a_new_model_and_a_loaded_one_are_not_chosen_together(field: str, value:
 
 
 def test_zero_given_is_not_taken_for_left_out() -> None:
-    run = resolved("apollo", optimizer=OptimizerOptions(warmup_fraction=0.0))
+    run = resolved("apollo", optimizer=optimizer(warmup_fraction=0.0))
     assert run.optimizer.warmup_fraction == 0.0
 
 
 def test_research_options_reach_the_optimizer() -> None:
-    options = OptimizerOptions(granularity="tensor", projection="svd", norm_growth_limit=0)
+    options = optimizer(granularity="tensor", projection="svd", norm_growth_limit=0)
     found = resolved("apollo", optimizer=options).optimizer
-    assert (found.granularity, found.projection, found.norm_growth_limit) == ("tensor", "svd", None)
+    assert (found.granularity, found.projection, found.norm_growth_limit) == ("tensor", "svd", 0)
 
 
 NO_EFFECT = [
@@ -163,19 +173,19 @@ def test_a_flag_that_does_nothing_for_the_optimizer_is_refused(
 ) -> None:
     given: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=message):
-        check_options(PretrainConfig(optimizer=OptimizerOptions(name=name, **given)))
+        check_options(PretrainConfig(optimizer=optimizer(name=name, **given)))
     both = f"{name},{OPTIONS_OF[field][0]}"
-    check_options(PretrainConfig(optimizer=OptimizerOptions(compare=both, **given)))
+    check_options(PretrainConfig(compare=both, optimizer=optimizer(**given)))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_optimizer_is_refused_by_its_own_defaults(name: Any) -> None:
-    check_options(PretrainConfig(optimizer=OptimizerOptions(name=name)))
+    check_options(PretrainConfig(optimizer=optimizer(name=name)))
 
 
 def test_compared_optimizers_come_in_the_order_given() -> None:
-    assert compared_optimizers(OptimizerOptions(compare="sgd, adamw")) == ("sgd", "adamw")
-    assert compared_optimizers(OptimizerOptions(name="muon")) == ("muon",)
+    assert compared_optimizers(PretrainConfig(compare="sgd, adamw")) == ("sgd", "adamw")
+    assert compared_optimizers(PretrainConfig(optimizer=optimizer(name="muon"))) == ("muon",)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +193,7 @@ def test_compared_optimizers_come_in_the_order_given() -> None:
 )
 def test_wrong_comparisons_are_named(compare: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        compared_optimizers(OptimizerOptions(compare=compare))
-
-
-@pytest.mark.parametrize("field", ["batch", "sequence", "micro_batches"])
-def test_sizes_below_one_are_named(field: str) -> None:
-    options: Any = {field: 0}
-    with pytest.raises(ValueError, match=f"^--{field.replace('_', '-')} is 0"):
-        resolved("apollo", training=TrainingOptions(**options))
+        compared_optimizers(PretrainConfig(compare=compare))
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
@@ -198,23 +201,34 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
         resolved("apollo", training=TrainingOptions(micro_batches=3))
 
 
-@pytest.mark.parametrize(
-    ("part", "field", "value"),
-    [
-        ("training", "evaluate_every", 0),
-        ("training", "evaluation_batches", 0),
-        ("output", "checkpoint_every", -1),
-        ("output", "keep", 0),
-        ("output", "log_every", 0),
-        ("output", "sample_length", -1),
-        ("output", "temperature", -0.5),
-    ],
-)
-def test_what_decides_no_numbers_is_checked_too(part: str, field: str, value: float) -> None:
-    config = PretrainConfig()
-    options = dataclasses.replace(getattr(config, part), **{field: value})
-    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is {value}"):
-        check_options(dataclasses.replace(config, **{part: options}))
+OUT_OF_RANGE: list[tuple[Any, str]] = [
+    (OutputOptions(most_skipped=0), "--most-skipped is 0; expected at least 1"),
+    (OutputOptions(evaluate_every=0), "--evaluate-every is 0"),
+    (OutputOptions(evaluation_batches=0), "--evaluation-batches is 0"),
+    (OutputOptions(checkpoint_every=-1), "--checkpoint-every is -1; expected at least 0"),
+    (OutputOptions(keep=0), "--keep is 0"),
+    (OutputOptions(log_every=0), "--log-every is 0"),
+    (OutputOptions(sample_length=-1), "--sample-length is -1"),
+    (OutputOptions(temperature=-0.5), "--temperature is -0.5"),
+    (TrainingOptions(batch=0), "--batch is 0"),
+    (TrainingOptions(sequence=0), "--sequence is 0"),
+    (TrainingOptions(micro_batches=0), "--micro-batches is 0"),
+    (TrainingOptions(spike_limit=-1.0), "--spike-limit is -1.0"),
+    (optimizer(learning_rate=0.0), "--learning-rate is 0.0; expected a positive number"),
+    (optimizer(total_steps=0), "--steps is 0"),
+    (optimizer(warmup_fraction=1.0), "--warmup-fraction is 1.0; expected at least 0 and below 1"),
+    (optimizer(weight_decay=-1.0), "--weight-decay is -1.0"),
+    (optimizer(clip=-1.0), "--clip is -1.0"),
+    (optimizer(name="galore", rank=0), "--rank is 0"),
+    (optimizer(name="sgd", momentum=1.0), "--momentum is 1.0"),
+]
+
+
+@pytest.mark.parametrize(("part", "message"), OUT_OF_RANGE, ids=lambda value: str(value)[:20])
+def test_a_number_out_of_range_is_named_with_its_range(part: Any, message: str) -> None:
+    field = {OutputOptions: "output", TrainingOptions: "training", OptimizerSettings: "optimizer"}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_options(PretrainConfig(**{field[type(part)]: part}))
 
 
 def layerwise(**options: Any) -> TrainingOptions:
@@ -241,7 +255,7 @@ def test_layerwise_updates_make_no_micro_batches_by_default() -> None:
         ("apollo", {"training": layerwise(micro_batches=2)}, "--micro-batches needs all gradients"),
         (
             "apollo",
-            {"training": layerwise(), "optimizer": OptimizerOptions(clip=1.0)},
+            {"training": layerwise(), "optimizer": optimizer(clip=1.0)},
             "--clip needs all gradients at once.*choose --clip 0; the limiter",
         ),
         ("galore", {"training": layerwise()}, "galore does not treat layers one by one"),
@@ -253,7 +267,7 @@ def test_what_layerwise_updates_cannot_do_is_refused(name: Any, options: Any, ma
 
 
 def test_int8_weights_need_layerwise_updates() -> None:
-    config = PretrainConfig(model=ModelOptions(weights="int8"))
+    config = PretrainConfig(training=TrainingOptions(weights="int8"))
     with pytest.raises(ValueError, match="int8 weights .*add --update layerwise"):
         resolve(
             config, "apollo", StoredModel(MODELS["nano"], "float32"), data="text", text_digest=""

@@ -17,12 +17,18 @@ import pytest
 
 from apollo_optax import quantization
 from examples.llama import pretrain
+from examples.llama.checkpoint import tree_bytes
+from examples.llama.command_line import parse
 from examples.llama.config import MODELS
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import join_params
 from examples.llama.metrics import read_metrics
 from examples.llama.model import init_params
-from examples.llama.pretrain import main
+from examples.llama.optimizers import OPTIMIZERS, OPTIONS_OF
+from examples.llama.options import PretrainConfig
+from examples.llama.pretrain import main, prepare
+from examples.llama.run import abstract_state
+from examples.llama.summary import state_line, state_table
 from tests.examples.tiny_pretrain import TINY, squares
 
 STEPS = 6
@@ -84,6 +90,38 @@ def wrong_input(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) ->
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_first_lines_say_the_state_that_the_run_will_hold(
+    name: str, command: Command, tmp_path: Path
+) -> None:
+    rank = ["--rank", "4"] if name in OPTIONS_OF["rank"] else []
+    flags = command(tmp_path / "run", "--optimizer", name, *rank)
+    [planned] = prepare(parse(PretrainConfig, "pretrain", flags, ())).runs
+    table = state_table(planned.settings)
+    assert table.state_bytes == tree_bytes(abstract_state(planned).opt_state)
+    assert table.rest_bytes <= 40  # counts and keys
+    assert f"{table.state_bytes:,} bytes" in state_line(planned.settings)
+
+
+def test_describe_prints_a_table_of_each_optimizer_and_trains_nothing(
+    command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    code, shown = run(command(folder, "--describe", "--compare", "adamw,apollo_mini"))
+    assert (code, folder.exists()) == (0, False)
+    assert "embed/embedding" in shown
+    sums = [line.split() for line in shown.splitlines() if line.startswith("sum ")]
+    adamw, apollo_mini = (float(cells[-1]) for cells in sums)
+    assert adamw == pytest.approx(1, rel=1e-3)  # and its counts
+    assert apollo_mini < 0.9
+
+
+def test_describe_needs_no_memory_for_the_model(command: Command, tmp_path: Path) -> None:
+    code, shown = run(command(tmp_path / "run", "--describe", "--model", "70b", "--rank", "64"))
+    assert code == 0
+    assert "(80, 8192, 28672)" in shown
 
 
 MESHED = {
@@ -413,7 +451,7 @@ def test_what_a_flag_does_not_take_is_refused(
         (["--compare", "apollo,adam"], "'adam'"),
         (["--micro-batches", "3"], "batch of 4 sequences"),
         (["--rank", "0"], "rank"),
-        (["--learning-rate", "-1"], "learning rate is -1.0"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0"),
         (["--keep", "0"], "--keep is 0"),
         (["--resume"], "no checkpoint to resume"),
         (["--load", "no-such-model"], "config.json does not exist"),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from examples.llama import run
+from examples.llama.bad_steps import Outcome
 from examples.llama.config import MODELS
-from examples.llama.health import Outcome
 from examples.llama.pretrain import main
 from examples.llama.step_times import StepTimes
 from examples.llama.train import TrainState

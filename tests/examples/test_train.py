@@ -26,7 +26,8 @@ def toy_params(dtype: Any = jnp.float32) -> Any:
 def one_step(tx: optax.GradientTransformation, **arguments: Any) -> tuple[Any, jax.Array]:
     dtype = arguments.pop("dtype", jnp.float32)
     step = train.make_train_step(toy_loss, tx, **arguments)
-    return step(train.init_state(tx, toy_params(dtype)), TOKENS)
+    state, outcome = step(train.init_state(tx, toy_params(dtype)), TOKENS)
+    return state, outcome.loss
 
 
 def test_loss_is_the_mean_negative_log_probability_of_the_next_token() -> None:
