@@ -333,18 +333,8 @@ def scale_by_apollo(
         require_real_floating(named)
         axes = axes_of_each_leaf(weight_dimension_numbers, params)
         _warn_of_whole_ranks(named, axes, rank)
-        for path, leaf in named:
-            if matrix := axes[path]:
-                shape = low_rank_shape(leaf.shape, matrix, rank)[len(matrix.batch) :]
-                _check_scaling_rule(granularity, shape, wide(leaf.dtype))
-        if not stores_projections:
-            sizes = {
-                projection_shape(leaf.shape, matrix, rank)[-2:]
-                for path, leaf in named
-                if (matrix := axes[path])
-            }
-            for size in sorted(sizes):
-                check_projection(projection, *size)
+        matrices = [(leaf, matrix) for path, leaf in named if (matrix := axes[path])]
+        _check_functions(granularity, projection, matrices, rank)
         leaves = {path: _init_leaf(leaf, axes[path], rank, mu_dtype) for path, leaf in named}
         stored = {}
         if stores_projections:
@@ -426,11 +416,12 @@ def _require_settings(
         otherwise = " or a function (R_tilde, R) -> factors"
         require_one_of("granularity", granularity, ("channel", "tensor"), otherwise=otherwise)
     require_callable("projection", projection, "(key, refresh, rank, dim) -> float32 (rank, dim)")
-    for name, value in {"projection": projection, "granularity": granularity}.items():
-        require_hashable(name, value)
-    require_key("key", key)
     if implementation is not None:
         require_callable("implementation", implementation, "of apollo_optax.experimental")
+    require_hashable("granularity", granularity)
+    require_hashable("projection", projection)
+    require_hashable("implementation", implementation)
+    require_key("key", key)
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
         raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
 
@@ -545,6 +536,22 @@ def _leaf_state(
                 f"fits."
             )
     return MatrixState(**found)
+
+
+def _check_functions(
+    granularity: Granularity,
+    projection: Callable[..., Array],
+    matrices: list[tuple[Any, MatrixAxes]],
+    rank: int,
+) -> None:
+    """Raises unless the user's functions return what each matrix needs, without running them."""
+    for leaf, axes in matrices:
+        shape = low_rank_shape(leaf.shape, axes, rank)[len(axes.batch) :]
+        _check_scaling_rule(granularity, shape, wide(leaf.dtype))
+    if not keeps_state(projection):
+        sizes = {projection_shape(leaf.shape, axes, rank)[-2:] for leaf, axes in matrices}
+        for size in sorted(sizes):
+            check_projection(projection, *size)
 
 
 def _check_scaling_rule(granularity: Granularity, shape: tuple[int, ...], dtype: Any) -> None:

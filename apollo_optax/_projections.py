@@ -176,11 +176,7 @@ def _draw(
     dim: int,
 ) -> Float[Array, "matrices rank dim"]:
     """P of each key. Traced once for all steps, and for all leaves of a size."""
-
-    def of_each(keys: Key[Array, " matrices"], refresh: Int[Array, ""]) -> Array:
-        return jax.vmap(lambda key: projection(key, refresh, rank, dim))(keys)
-
-    return stored(of_each, keys, refresh)
+    return jax.vmap(lambda key: projection(key, refresh, rank, dim))(keys)
 
 
 def refit_projections(

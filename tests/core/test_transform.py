@@ -458,6 +458,7 @@ class Unhashable:
         ({"projection": "gaussian"}, TypeError, "projection must be a function"),
         ({"projection": Unhashable()}, TypeError, "projection must be hashable"),
         ({"granularity": Unhashable()}, TypeError, "granularity must be hashable"),
+        ({"implementation": Unhashable()}, TypeError, "implementation must be hashable"),
         ({"key": 0.5}, TypeError, "key must be an int seed or a key"),
         ({"mu_dtype": jnp.int8}, TypeError, "mu_dtype"),
     ],
