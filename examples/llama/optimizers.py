@@ -1,8 +1,8 @@
 """The optimizers to compare: APOLLO's two and six of Optax's, behind one set of settings."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,9 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
     "galore": 4e-2,
     "sgd": 4e-1,
 }
-"""Peak learning rates of small models: for AdamW, APOLLO and APOLLO-Mini the best of `nano`, in
-`benchmarks/results/nano_learning_rates.json`, for the others those of
-`benchmarks/results/convergence.json`."""
+"""Peak learning rates of small models. AdamW, APOLLO and APOLLO-Mini have the best of `nano`, in
+`benchmarks/results/nano_learning_rates.json`; of rates within 0.001 nats, the smaller. The others
+have those of `benchmarks/results/convergence.json`."""
 
 FINE_TUNING_LEARNING_RATES: dict[str, float] = {
     name: rate / 100 for name, rate in DEFAULT_LEARNING_RATES.items()
@@ -180,6 +180,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
       ValueError: If a setting is out of the range of its optimizer.
     """
     check_ranges(settings)
+    _require_one_of("optimizer", settings.name, OPTIMIZERS)
     optimizer = _make(settings, learning_rate_schedule(settings))
     if settings.clip == 0:
         return optimizer
@@ -239,7 +240,13 @@ def _make(
             return optax.chain(momentum, decay_and_rate)
 
 
+def _require_one_of(flag: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"--{flag} is {value!r}; expected one of {', '.join(allowed)}")
+
+
 def _apollo_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    _require_one_of("projection", settings.projection, get_args(ProjectionName))
     return {
         "update_proj_gap": settings.update_proj_gap,
         "scale": settings.alpha,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import nano_learning_rates
 from benchmarks.convergence import report
 from benchmarks.convergence.methods import ABLATIONS, METHODS, MODEL, Trial
 from benchmarks.convergence.search import (
@@ -149,3 +150,16 @@ def test_nothing_is_missing_and_the_pages_conclusions_hold() -> None:
 def test_default_learning_rates_are_the_best_of_the_sweeps(name: str) -> None:
     rows = read_rows(RESULTS / "convergence.json")
     assert DEFAULT_LEARNING_RATES[name] == best_learning_rate(rows, name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "apollo", "apollo_mini"])
+def test_default_learning_rates_of_the_comparison_are_the_best_of_its_sweep(name: str) -> None:
+    losses = {
+        row["learning_rate"]: row["validation_loss"]
+        for row in read_rows(nano_learning_rates.OUTPUT)
+        if (row["name"], row["total_steps"], row["sequences"])
+        == (name, nano_learning_rates.STEPS, nano_learning_rates.SEQUENCES)
+    }
+    as_good = [rate for rate, loss in losses.items() if loss < min(losses.values()) + 1e-3]
+    assert DEFAULT_LEARNING_RATES[name] == min(as_good)
+    assert min(losses) < DEFAULT_LEARNING_RATES[name] < max(losses)

@@ -144,7 +144,9 @@ def test_projecting_embeddings_leaves_no_full_moments(name: Any) -> None:
     ("change", "named"),
     [
         ({"learning_rate": 0.0}, "--learning-rate is 0.0; expected a positive number"),
-        ({"granularity": "row"}, "granularity"),
+        ({"name": "adam"}, "--optimizer is 'adam'; expected one of apollo, "),
+        ({"granularity": "row"}, "granularity must be one of .*, got 'row'"),
+        ({"projection": "sparse"}, "--projection is 'sparse'; expected one of gaussian, "),
     ],
 )
 def test_settings_out_of_range_are_named(change: dict[str, Any], named: str) -> None:
