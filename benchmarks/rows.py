@@ -27,10 +27,15 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def add_row(path: Path, command: str, row: Row) -> None:
-    """Adds a row made here, so that runs side by side and interrupted ones lose nothing."""
+def add_rows(path: Path, command: str, rows: Sequence[Row]) -> None:
+    """Adds rows made here, so that runs side by side and interrupted ones lose nothing."""
     with _locked(path):
-        _write(path, command, [*read_rows(path), row | {"machine": machine()}])
+        _write(path, command, [*read_rows(path), *(row | {"machine": machine()} for row in rows)])
+
+
+def add_row(path: Path, command: str, row: Row) -> None:
+    """Adds a row made here, as `add_rows` does."""
+    add_rows(path, command, [row])
 
 
 def write_rows(path: Path, command: str, rows: Sequence[Row]) -> None:

@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import jax
+
 __all__ = ["machine"]
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "libtpu", "jax-cuda13-pjrt")
@@ -24,4 +26,13 @@ def machine() -> dict[str, Any]:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    accelerator = {}
+    if jax.default_backend() != "cpu":
+        accelerator["accelerator"] = jax.devices()[0].device_kind
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        **accelerator,
+        "python": platform.python_version(),
+        **versions,
+    }

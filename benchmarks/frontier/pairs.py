@@ -1,0 +1,80 @@
+"""Which rule for the matrices is tried with which for the vocabulary, and at what size."""
+
+from typing import NamedTuple
+
+__all__ = ["PAIRS", "Pair"]
+
+
+class Pair(NamedTuple):
+    """Names of `training.SETTINGS`, `rules.HIDDEN` and `rules.VOCABULARY`."""
+
+    setting: str
+    hidden: str
+    vocabulary: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}, {self.hidden}, {self.vocabulary}"
+
+
+# The first are run first, should the time not suffice for all.
+_OF_ALL_SIZES = (
+    ("adam", "adam"),
+    ("muon", "adam"),
+    ("whitened", "factored"),
+    ("apollo_mini", "adam"),
+    ("apollo_quarter", "adam"),
+    ("apollo_mini", "factored"),
+    ("apollo_quarter", "factored"),
+)
+_VOCABULARY_RULES = (
+    ("whitened", "adam"),
+    ("whitened", "head_momentum_quarter"),
+    ("whitened", "head_factored_momentum"),
+    ("whitened", "token"),
+    ("whitened", "head_momentum"),
+    ("apollo_quarter", "apollo"),
+    ("apollo_mini", "apollo_mini"),
+    ("whitened", "token_fast"),
+    ("apollo_mini", "token"),
+    ("whitened", "head_adam"),
+)
+_HIDDEN_RULES = (
+    ("orthogonalized", "factored"),
+    ("swan", "factored"),
+    ("neuron", "factored"),
+    ("muon", "factored"),
+    ("adam", "factored"),
+    ("sinkhorn", "factored"),
+    ("racs", "factored"),
+    ("factored", "factored"),
+    ("one_bit_muon", "factored"),
+    ("whitened_basis", "factored"),
+    ("apollo_whitened", "factored"),
+    ("apollo_orthogonalized", "factored"),
+    ("apollo_eighth", "adam"),
+    ("apollo_eighth", "factored"),
+    ("lion", "adam"),
+    ("sign", "factored"),
+)
+
+
+def _pairs(setting: str, rules: tuple[tuple[str, str], ...]) -> tuple[Pair, ...]:
+    return tuple(Pair(setting, *pair) for pair in rules)
+
+
+PAIRS = (
+    *_pairs("1m", _OF_ALL_SIZES),
+    *_pairs("1m", _VOCABULARY_RULES[:4]),
+    *_pairs("4m", _OF_ALL_SIZES[:4]),
+    *_pairs("16m", _OF_ALL_SIZES[:4]),
+    *_pairs("1m", _HIDDEN_RULES[:5]),
+    *_pairs("1m_batch", _OF_ALL_SIZES[:4]),
+    *_pairs("1m_long", _OF_ALL_SIZES[:4]),
+    *_pairs("1m", _VOCABULARY_RULES[4:]),
+    *_pairs("1m", _HIDDEN_RULES[5:]),
+    *_pairs("4m", _OF_ALL_SIZES[4:]),
+    *_pairs("16m", _OF_ALL_SIZES[4:]),
+    *_pairs("1m_batch", _OF_ALL_SIZES[4:]),
+    *_pairs("1m_long", _OF_ALL_SIZES[4:]),
+)
+"""In the order in which they are run."""

@@ -1,0 +1,386 @@
+"""The rules that are compared, as Optax transformations of a LLaMA's leaves.
+
+A hidden rule sees the matrices of the blocks, `(layers, in, out)`; a vocabulary rule sees the
+embedding `(vocabulary, width)` and the head `(width, vocabulary)`. Updates have entries of size
+about 1 and point uphill; a learning rate follows.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+import apollo_optax
+
+__all__ = ["HIDDEN", "VOCABULARY", "Rule"]
+
+# Muon's, as in `optax.contrib`.
+_COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_TINY = 1e-30
+_BATCHED = apollo_optax.ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1)
+# width, seed -> transformation
+Make = Callable[[int, Any], optax.GradientTransformation]
+
+
+class Rule(NamedTuple):
+    """A rule for some of the leaves.
+
+    Attributes:
+      label: Its name in tables and pictures.
+      make: Makes it of the model's width and of a seed.
+      start: The learning rate its sweep starts at.
+    """
+
+    label: str
+    make: Make
+    start: float
+
+
+def _stateless(rule: Callable[[Array], Array]) -> Make:
+    return lambda width, seed: optax.stateless_with_tree_map(lambda g, _: rule(g))
+
+
+def _rms(x: Array, axes: int | tuple[int, ...]) -> Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + _TINY)
+
+
+def _orthogonalized(x: Array) -> Array:
+    """Newton-Schulz iterations of every matrix; entries of size about 1."""
+    a, b, c = _COEFFICIENTS
+    largest = max(x.shape[-2:])
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if is_tall else x
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
+    for _ in range(_ITERATIONS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return math.sqrt(largest) * (jnp.swapaxes(x, -1, -2) if is_tall else x)
+
+
+def _whitened(x: Array) -> Array:
+    """SWAN's without the mean: each output over its root mean square, then orthogonalized."""
+    return _orthogonalized(x / _rms(x, -2))
+
+
+def _standardized_and_whitened(x: Array) -> Array:
+    """SWAN's: of each output the mean over the inputs is taken off first."""
+    return _whitened(x - jnp.mean(x, axis=-2, keepdims=True))
+
+
+def _sinkhorn(x: Array) -> Array:
+    """SinkGD's: outputs, then inputs, to a root mean square of 1, five times."""
+    for _ in range(5):
+        x = x / _rms(x, -2)
+        x = x / _rms(x, -1)
+    return x
+
+
+class _Averages(NamedTuple):
+    steps: Array
+    inputs: PyTree
+    outputs: PyTree
+
+
+def _racs(width: int, seed: Any) -> optax.GradientTransformation:
+    """RACS: scales of rows and columns by power iteration, averaged with 0.9, and the limiter."""
+
+    def init(params: PyTree) -> _Averages:
+        zero = jnp.zeros([], jnp.int32)
+        inputs = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], 1)), params)
+        outputs = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-2], 1, p.shape[-1])), params)
+        return _Averages(zero, inputs, outputs)
+
+    def update(
+        updates: PyTree, state: _Averages, params: PyTree | None = None
+    ) -> tuple[PyTree, _Averages]:
+        def scales(g: Array) -> tuple[Array, Array]:
+            squared, q = jnp.square(g), jnp.ones((*g.shape[:-1], 1))
+            for _ in range(5):
+                s = jnp.sum(q * squared, -2, keepdims=True) / jnp.sum(q * q, -2, keepdims=True)
+                q = jnp.sum(s * squared, -1, keepdims=True) / jnp.sum(s * s, -1, keepdims=True)
+            return q, s
+
+        leaves, treedef = jax.tree.flatten(updates)
+        found = [scales(g) for g in leaves]
+
+        def average(old: PyTree, new: list[Array]) -> PyTree:
+            return jax.tree.map(
+                lambda o, n: 0.9 * o + 0.1 * n, old, jax.tree.unflatten(treedef, new)
+            )
+
+        inputs = average(state.inputs, [q for q, _ in found])
+        outputs = average(state.outputs, [s for _, s in found])
+        correction = 1 - 0.9 ** (state.steps + 1)
+        scaled = jax.tree.map(
+            lambda g, q, s: correction * g / jnp.sqrt(q * s + _TINY), updates, inputs, outputs
+        )
+        return scaled, _Averages(state.steps + 1, inputs, outputs)
+
+    limiter = apollo_optax.limit_norm_growth(1.01, weight_dimension_numbers=_BATCHED)
+    return optax.chain(optax.GradientTransformation(init, update), limiter)
+
+
+class _OneBit(NamedTuple):
+    signs: PyTree
+    rows: PyTree
+    columns: PyTree
+
+
+def _one_bit_muon(beta: float) -> Make:
+    """Muon whose momentum is kept as signs, and means of its magnitude by row and column."""
+
+    def init(params: PyTree) -> _OneBit:
+        return _OneBit(
+            jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params),
+            jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], 1)), params),
+            jax.tree.map(lambda p: jnp.zeros((*p.shape[:-2], 1, p.shape[-1])), params),
+        )
+
+    def update(
+        updates: PyTree, state: _OneBit, params: PyTree | None = None
+    ) -> tuple[PyTree, _OneBit]:
+        def restored(sign: Array, row: Array, column: Array) -> Array:
+            magnitude = row * column / (jnp.mean(row, -2, keepdims=True) + _TINY)
+            return jnp.where(sign, magnitude, -magnitude)
+
+        momentum = jax.tree.map(
+            lambda g, *kept: beta * restored(*kept) + (1 - beta) * g, updates, *state
+        )
+        look_ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, updates)
+        magnitudes = jax.tree.map(jnp.abs, momentum)
+        return jax.tree.map(_orthogonalized, look_ahead), _OneBit(
+            jax.tree.map(lambda m: m > 0, momentum),
+            jax.tree.map(lambda m: jnp.mean(m, -1, keepdims=True), magnitudes),
+            jax.tree.map(lambda m: jnp.mean(m, -2, keepdims=True), magnitudes),
+        )
+
+    return lambda width, seed: optax.GradientTransformation(init, update)
+
+
+def _momentum_in_a_basis(rank: int, beta: float) -> Make:
+    """The raw gradient, but in a fixed random basis of its inputs its momentum; then whitened."""
+
+    def make(width: int, seed: Any) -> optax.GradientTransformation:
+        def basis(g: Array) -> Array:
+            drawn = jax.random.normal(jax.random.key(g.shape[-2]), (g.shape[-2], rank))
+            return jnp.linalg.qr(drawn)[0].T
+
+        def init(params: PyTree) -> PyTree:
+            return jax.tree.map(lambda p: jnp.zeros((p.shape[0], rank, p.shape[-1])), params)
+
+        def update(
+            updates: PyTree, state: PyTree, params: PyTree | None = None
+        ) -> tuple[PyTree, PyTree]:
+            state = jax.tree.map(
+                lambda m, g: beta * m + (1 - beta) * (basis(g) @ g), state, updates
+            )
+            # So that noise has the same size within the basis as outside.
+            factor = math.sqrt((1 + beta) / (1 - beta))
+
+            def direction(m: Array, g: Array) -> Array:
+                P = basis(g)
+                return _whitened(g + P.T @ (factor * m - P @ g))
+
+            return jax.tree.map(direction, state, updates), state
+
+        return optax.GradientTransformation(init, update)
+
+    return make
+
+
+def _apollo(rank_of: Callable[[int], int], **others: Any) -> Make:
+    return lambda width, seed: apollo_optax.scale_by_apollo(
+        rank_of(width), key=seed, weight_dimension_numbers=_BATCHED, **others
+    )
+
+
+def _mini(width: int, seed: Any) -> optax.GradientTransformation:
+    return apollo_optax.scale_by_apollo(
+        1,
+        scale=math.sqrt(8),
+        granularity="tensor",
+        key=seed,
+        weight_dimension_numbers=_BATCHED,
+    )
+
+
+def _muon(width: int, seed: Any) -> optax.GradientTransformation:
+    """Optax's Muon, with entries of size about 1 as the others have them."""
+    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+    muon = optax.contrib.scale_by_muon(
+        weight_dimension_numbers=lambda params: jax.tree.map(lambda _: numbers, params)
+    )
+    return optax.chain(
+        muon,
+        optax.stateless_with_tree_map(lambda u, _: math.sqrt(max(u.shape[-2:])) * u),
+    )
+
+
+def _eighth(width: int) -> int:
+    return width // 8
+
+
+def _chain(*makes: Make) -> Make:
+    return lambda width, seed: optax.chain(*(make(width, seed) for make in makes))
+
+
+def _adam(width: int, seed: Any) -> optax.GradientTransformation:
+    return optax.scale_by_adam()
+
+
+def _unbiased(step: Any, decay: Any) -> Any:
+    """The decay by which an average of constant decay, corrected for its bias, moves."""
+    return decay * (1 - decay**step) / (1 - decay ** (step + 1))
+
+
+def _factored(width: int, seed: Any) -> optax.GradientTransformation:
+    """Adafactor's second moment, averaged as Adam's; no clipping, no scale, no momentum."""
+    return optax.scale_by_factored_rms(
+        decay_rate=0.999, decay_rate_fn=_unbiased, min_dim_size_to_factor=2
+    )
+
+
+HIDDEN: Mapping[str, Rule] = {
+    "adam": Rule("Adam", _adam, 2e-3),
+    "muon": Rule("Muon", _muon, 2e-3),
+    "apollo_quarter": Rule("APOLLO, r = 1/4", _apollo(lambda width: width // 4), 2e-2),
+    "apollo_eighth": Rule("APOLLO, r = 1/8", _apollo(_eighth), 4e-2),
+    "apollo_mini": Rule("APOLLO-Mini", _mini, 4e-2),
+    "whitened": Rule("whitened gradient", _stateless(_whitened), 4e-3),
+    "swan": Rule("SWAN", _stateless(_standardized_and_whitened), 4e-3),
+    "orthogonalized": Rule("orthogonalized gradient", _stateless(_orthogonalized), 4e-3),
+    "sinkhorn": Rule("SinkGD", _stateless(_sinkhorn), 4e-3),
+    "neuron": Rule("SCALE", _stateless(lambda g: g / _rms(g, -2)), 4e-3),
+    "racs": Rule("RACS", _racs, 4e-3),
+    "factored": Rule("factored second moment", _factored, 4e-3),
+    "lion": Rule("Lion", lambda width, seed: optax.scale_by_lion(), 4e-4),
+    "sign": Rule("sign of the gradient", _stateless(jnp.sign), 2e-3),
+    "one_bit_muon": Rule("Muon, momentum of one bit", _one_bit_muon(0.98), 2e-3),
+    "whitened_basis": Rule(
+        "whitened, momentum in a random basis", _momentum_in_a_basis(16, 0.95), 4e-3
+    ),
+    "apollo_whitened": Rule(
+        "APOLLO, r = 1/8, then whitened", _chain(_apollo(_eighth), _stateless(_whitened)), 4e-3
+    ),
+    "apollo_orthogonalized": Rule(
+        "APOLLO, r = 1/8, then orthogonalized",
+        _chain(_apollo(_eighth), _stateless(_orthogonalized)),
+        4e-3,
+    ),
+}
+"""By name: what trains the matrices of the blocks."""
+
+
+def _of_both(embed: Make, head: Make) -> Make:
+    def make(width: int, seed: Any) -> optax.GradientTransformation:
+        transforms = {"embed": embed(width, seed), "lm_head": head(width, seed)}
+        return optax.partition(transforms, _first_names)
+
+    return make
+
+
+def _first_names(params: PyTree) -> PyTree:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params)
+
+
+def _token_moment(b2: float) -> Make:
+    """Over the root of one second moment a token."""
+
+    def axis(path: Any) -> int:
+        return {"embed": 1, "lm_head": 0}[path[0].key]  # the width's
+
+    def init(params: PyTree) -> tuple[Array, PyTree]:
+        nu = jax.tree_util.tree_map_with_path(
+            lambda path, p: jnp.zeros_like(p.mean(axis(path), keepdims=True)), params
+        )
+        return jnp.zeros([], jnp.int32), nu
+
+    def update(
+        updates: PyTree, state: tuple[Array, PyTree], params: PyTree | None = None
+    ) -> tuple[PyTree, tuple[Array, PyTree]]:
+        count, nu = state
+        nu = jax.tree_util.tree_map_with_path(
+            lambda path, g, v: (
+                b2 * v + (1 - b2) * jnp.mean(jnp.square(g), axis(path), keepdims=True)
+            ),
+            updates,
+            nu,
+        )
+        correction = 1 - b2 ** (count + 1)
+        scaled = jax.tree.map(lambda g, v: g / (jnp.sqrt(v / correction) + 1e-12), updates, nu)
+        return scaled, (count + 1, nu)
+
+    return lambda width, seed: optax.GradientTransformation(init, update)
+
+
+def _normalized_momentum(factor: float) -> Make:
+    """SCALE's for the head: each token's momentum, in bfloat16, over its root mean square."""
+
+    def make(width: int, seed: Any) -> optax.GradientTransformation:
+        average = optax.chain(
+            optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16),
+            optax.stateless_with_tree_map(lambda m, _: m.astype(jnp.float32)),
+        )
+        return optax.chain(
+            average, optax.stateless_with_tree_map(lambda m, _: factor * m / _rms(m, 0))
+        )
+
+    return make
+
+
+def _factored_with_momentum(dtype: Any) -> Make:
+    """Adam with a factored second moment: its first over the root of the other."""
+
+    def make(width: int, seed: Any) -> optax.GradientTransformation:
+        second, first = _factored(width, seed), optax.ema(0.9, accumulator_dtype=dtype)
+
+        def init(params: PyTree) -> tuple[Any, Any]:
+            return first.init(params), second.init(params)
+
+        def update(
+            updates: PyTree, state: tuple[Any, Any], params: PyTree | None = None
+        ) -> tuple[PyTree, tuple[Any, Any]]:
+            momentum, of_first = first.update(updates, state[0], params)
+            scaled, of_second = second.update(updates, state[1], params)
+            directions = jax.tree.map(
+                lambda m, u, g: m.astype(jnp.float32) * jnp.where(g == 0, 0, u / g),
+                momentum,
+                scaled,
+                updates,
+            )
+            return directions, (of_first, of_second)
+
+        return optax.GradientTransformation(init, update)
+
+    return make
+
+
+VOCABULARY: Mapping[str, Rule] = {
+    "adam": Rule("Adam", _adam, 3e-2),
+    "factored": Rule("factored second moment", _factored, 3e-2),
+    "token": Rule("second moment a token, b2 = 0.999", _token_moment(0.999), 3e-2),
+    "token_fast": Rule("second moment a token, b2 = 0.99", _token_moment(0.99), 3e-2),
+    "head_adam": Rule("embedding factored, head Adam", _of_both(_factored, _adam), 3e-2),
+    "head_momentum": Rule(
+        "embedding factored, head momentum (bfloat16) by token",
+        _of_both(_factored, _normalized_momentum(1.0)),
+        3e-2,
+    ),
+    "head_momentum_quarter": Rule(
+        "embedding factored, head momentum (bfloat16) by token at a quarter of the rate",
+        _of_both(_factored, _normalized_momentum(0.25)),
+        3e-2,
+    ),
+    "head_factored_momentum": Rule(
+        "factored, head with momentum (bfloat16)",
+        _of_both(_factored, _factored_with_momentum(jnp.bfloat16)),
+        3e-2,
+    ),
+    "apollo": Rule("APOLLO, r = 1/4", _apollo(lambda width: width // 4), 0.25),
+    "apollo_mini": Rule("APOLLO-Mini", _mini, 0.25),
+}
+"""By name: what trains embedding and head."""
