@@ -2,13 +2,15 @@
 
 import importlib.metadata
 
-from apollo_optax._alias import apollo, apollo_mini
-from apollo_optax._apollo import ScaleByApolloState, scale_by_apollo
+from apollo_optax._alias import apollo, apollo_mini, swan
+from apollo_optax._apollo import scale_by_apollo
+from apollo_optax._leaves import ScaleByApolloState
 from apollo_optax._limiter import LimitNormGrowthState, limit_norm_growth
 from apollo_optax._matrices import ApolloDimensionNumbers
 from apollo_optax._names import transformer_dimension_numbers
 from apollo_optax._projections import Projection, gaussian, rademacher, svd
 from apollo_optax._rounding import apply_updates_stochastic
+from apollo_optax._swan import scale_by_swan
 from apollo_optax.dimension_numbers._describe import Description, describe
 from apollo_optax.dimension_numbers._infer import infer_dimension_numbers
 from apollo_optax.dimension_numbers._rules import dimension_numbers_from_rules
@@ -34,6 +36,8 @@ __all__ = [
     "limit_norm_growth",
     "rademacher",
     "scale_by_apollo",
+    "scale_by_swan",
     "svd",
+    "swan",
     "transformer_dimension_numbers",
 ]

@@ -1,17 +1,20 @@
-"""APOLLO and APOLLO-Mini: the transformation with weight decay and a learning rate."""
+"""APOLLO, APOLLO-Mini and SWAN: the transformation with weight decay and a learning rate."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from apollo_optax._apollo import Granularity, Implementation, scale_by_apollo
 from apollo_optax._arguments import require_number
+from apollo_optax._leaves import Vocabulary, is_full_size
 from apollo_optax._matrices import WeightDimensionNumbers, axes_of_each_leaf
 from apollo_optax._names import default_dimension_numbers
-from apollo_optax._paths import named_leaves
+from apollo_optax._paths import Path, named_leaves
 from apollo_optax._projections import Projection
+from apollo_optax._swan import scale_by_swan
 
 
 def apollo(
@@ -28,11 +31,13 @@ def apollo(
     projection: Projection | Callable[..., Array] | None = None,
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
+    vocabulary: Vocabulary = "adam",
     weight_dimension_numbers: WeightDimensionNumbers = None,
     implementation: Implementation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_weight_decay: optax.ScalarOrSchedule | None = None,
+    vocabulary_learning_rate: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO: AdamW's training with moments of a random projection of the gradient only.
@@ -40,8 +45,9 @@ def apollo(
     `chain(scale_by_apollo, add_decayed_weights, scale_by_learning_rate)`; the equations are those
     of `scale_by_apollo`. Leaves that are not matrices are Adam's: embeddings, heads, norms, biases.
     They may have a learning rate and a weight decay of their own. The optimizer state of a matrix
-    with larger side n is `2 * rank * n + 1` numbers; of any other leaf twice its size, and one more
-    for each index of its first axis (one in all if it has a single axis).
+    with larger side n is `2 * rank * n + 1` numbers; of any other leaf twice its size, or what
+    `vocabulary` says, and one more for each index of its first axis (one in all if it has a single
+    axis).
 
     Args:
       learning_rate: A number or a schedule. The paper pre-trains with 0.01, ten times AdamW's.
@@ -57,6 +63,9 @@ def apollo(
       projection: `gaussian` (None means it), `rademacher`, `svd` or a function of your own.
       key: Seed or PRNG key of the projections.
       mu_dtype: Dtype of the first moment.
+      vocabulary: The rule of leaves of full size that are not matrices, embedding tables and output
+        heads: "adam" (the paper), "factored" (about V + d numbers for a table (V, d)) or
+        "factored_momentum", see `scale_by_apollo`.
       weight_dimension_numbers: Which axes make a matrix; `transformer_dimension_numbers` for Flax's
         transformers.
       implementation: A kernel of `apollo_optax.experimental`; None for XLA's own program.
@@ -65,6 +74,8 @@ def apollo(
         `learning_rate`.
       adam_weight_decay: Weight decay of the leaves that are not matrices, multiplied by their
         learning rate. None means `weight_decay`.
+      vocabulary_learning_rate: A number or a schedule for the leaves that `vocabulary` is about,
+        whichever it is. None means `adam_learning_rate`.
       mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
         returns one.
 
@@ -89,12 +100,6 @@ def apollo(
       >>> updates, state = jax.jit(tx.update)(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
-    for name, decay in {
-        "weight_decay": weight_decay,
-        "adam_weight_decay": adam_weight_decay,
-    }.items():
-        if decay is not None and not callable(decay):
-            require_number(name, decay, at_least=0)
     return optax.chain(
         scale_by_apollo(
             rank,
@@ -108,12 +113,13 @@ def apollo(
             projection=projection,
             key=key,
             mu_dtype=mu_dtype,
+            vocabulary=vocabulary,
             weight_dimension_numbers=weight_dimension_numbers,
             implementation=implementation,
         ),
         *_decay_and_learning_rate(
-            (learning_rate, weight_decay),
-            (adam_learning_rate, adam_weight_decay),
+            (learning_rate, adam_learning_rate, vocabulary_learning_rate),
+            (weight_decay, adam_weight_decay),
             mask,
             weight_dimension_numbers,
         ),
@@ -121,33 +127,51 @@ def apollo(
 
 
 def _decay_and_learning_rate(
-    of_matrices: tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule],
-    of_others: tuple[optax.ScalarOrSchedule | None, optax.ScalarOrSchedule | None],
+    learning_rates: tuple[optax.ScalarOrSchedule | None, ...],
+    weight_decays: tuple[optax.ScalarOrSchedule | None, ...],
     mask: PyTree | Callable[[PyTree], PyTree] | None,
     weight_dimension_numbers: WeightDimensionNumbers,
 ) -> tuple[optax.GradientTransformation, ...]:
-    """What follows the direction: one chain for all leaves, or one for matrices and one for others.
+    """What follows the direction: one chain for all leaves, or one for each kind of them.
 
-    The pairs are (learning rate, weight decay), None as that of matrices.
+    The kinds are matrices, others, and those of others that are of full size. None means the number
+    or schedule before it.
     """
+    for name, decay in zip(("weight_decay", "adam_weight_decay"), weight_decays, strict=True):
+        if decay is not None and not callable(decay):
+            require_number(name, decay, at_least=0)
+    if weight_dimension_numbers is None:
+        weight_dimension_numbers = default_dimension_numbers
 
-    def chain(
-        learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
-    ) -> tuple[optax.GradientTransformation, ...]:
+    def chain(learning_rate: Any, weight_decay: Any) -> tuple[optax.GradientTransformation, ...]:
         decayed = optax.add_decayed_weights(weight_decay, mask)
         return decayed, optax.scale_by_learning_rate(learning_rate)
 
     def labels(tree: PyTree) -> PyTree:
         axes = axes_of_each_leaf(weight_dimension_numbers, tree, quiet=True)
         named, treedef = named_leaves(tree)
-        return treedef.unflatten("matrix" if axes.get(path) else "other" for path, _ in named)
 
-    if weight_dimension_numbers is None:
-        weight_dimension_numbers = default_dimension_numbers
-    if of_others == (None, None):
-        return chain(*of_matrices)
-    others = [m if o is None else o for m, o in zip(of_matrices, of_others, strict=True)]
-    chains = {"matrix": optax.chain(*chain(*of_matrices)), "other": optax.chain(*chain(*others))}
+        def kind(path: Path, leaf: Any) -> str:
+            if axes.get(path):
+                return "matrix"
+            return "vocabulary" if is_full_size(jnp.shape(leaf), None) else "other"
+
+        return treedef.unflatten(kind(*leaf) for leaf in named)
+
+    rate, *other_rates = learning_rates
+    decay, other_decay = weight_decays
+    if (*other_rates, other_decay) == (None, None, None):
+        return chain(rate, decay)
+    rate_of_others, rate_of_vocabulary = other_rates
+    rate_of_others = rate if rate_of_others is None else rate_of_others
+    if rate_of_vocabulary is None:
+        rate_of_vocabulary = rate_of_others
+    other_decay = decay if other_decay is None else other_decay
+    chains = {
+        "matrix": optax.chain(*chain(rate, decay)),
+        "other": optax.chain(*chain(rate_of_others, other_decay)),
+        "vocabulary": optax.chain(*chain(rate_of_vocabulary, other_decay)),
+    }
     return (optax.partition(chains, labels),)
 
 
@@ -163,11 +187,13 @@ def apollo_mini(
     projection: Projection | Callable[..., Array] | None = None,
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
+    vocabulary: Vocabulary = "adam",
     weight_dimension_numbers: WeightDimensionNumbers = None,
     implementation: Implementation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_weight_decay: optax.ScalarOrSchedule | None = None,
+    vocabulary_learning_rate: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO-Mini: `apollo` at rank 1 with one scaling factor a matrix, at SGD's memory.
@@ -195,10 +221,70 @@ def apollo_mini(
         projection=projection,
         key=key,
         mu_dtype=mu_dtype,
+        vocabulary=vocabulary,
         weight_dimension_numbers=weight_dimension_numbers,
         implementation=implementation,
         weight_decay=weight_decay,
         adam_learning_rate=adam_learning_rate,
         adam_weight_decay=adam_weight_decay,
+        vocabulary_learning_rate=vocabulary_learning_rate,
         mask=mask,
+    )
+
+
+def swan(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    mu_dtype: Any = None,
+    vocabulary: Vocabulary = "factored",
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_weight_decay: optax.ScalarOrSchedule | None = None,
+    vocabulary_learning_rate: optax.ScalarOrSchedule | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SWAN: the whitened gradient of each matrix, with no state of it.
+
+    `chain(scale_by_swan, add_decayed_weights, scale_by_learning_rate)`. By the default rule of the
+    vocabulary too, the optimizer state of a transformer is about a five-hundredth of AdamW's.
+
+    Updates of matrices and of the vocabulary have entries of size about 1, without a momentum that
+    would average them: `learning_rate` is about that of AdamW, `vocabulary_learning_rate` ten to a
+    hundred times as large. Other arguments, result and errors are those of `apollo`.
+
+    References:
+      Ma et al., SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training, ICML
+      2025, https://arxiv.org/abs/2412.13148
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from apollo_optax import describe, swan
+      >>> params = {"embed": jnp.ones((1024, 128)), "mlp": {"kernel": jnp.ones((128, 344))}}
+      >>> tx = swan(0.004, vocabulary_learning_rate=0.24)
+      >>> print(describe(params, tx))
+      parameter        shape        numbers of state  bytes  over AdamW's
+      embed            (1024, 128)             1,153  4,612        0.0044
+      mlp/kernel       (128, 344)                  3     12        0.0000
+      counts and keys                                    12
+      sum                                             4,636        0.0033
+    """
+    return optax.chain(
+        scale_by_swan(
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            mu_dtype=mu_dtype,
+            vocabulary=vocabulary,
+            weight_dimension_numbers=weight_dimension_numbers,
+        ),
+        *_decay_and_learning_rate(
+            (learning_rate, adam_learning_rate, vocabulary_learning_rate),
+            (weight_decay, adam_weight_decay),
+            mask,
+            weight_dimension_numbers,
+        ),
     )

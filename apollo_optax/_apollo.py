@@ -3,12 +3,12 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from apollo_optax._arguments import (
     require_callable,
@@ -21,6 +21,21 @@ from apollo_optax._arguments import (
 )
 from apollo_optax._boxes import with_axis_names
 from apollo_optax._keys import key_data, require_key, wrap_like
+from apollo_optax._leaves import (
+    Hyperparameters,
+    MatrixState,
+    ScaleByApolloState,
+    Vocabulary,
+    init_leaf,
+    leaf_state,
+    moments,
+    nested,
+    no_projection,
+    others_update,
+    require_state_of,
+    require_vocabulary,
+    state_shapes,
+)
 from apollo_optax._limiter import NORM_EPS, limit_growth
 from apollo_optax._matrices import (
     MatrixAxes,
@@ -35,13 +50,8 @@ from apollo_optax._matrices import (
     without_overflow,
 )
 from apollo_optax._names import default_dimension_numbers
-from apollo_optax._paths import Path, named_arrays, named_leaves, nest, replaced, spell
-from apollo_optax._placement import (
-    matrices_placement,
-    moments_placement,
-    on_automatic_axes,
-    placement_of,
-)
+from apollo_optax._paths import Path, named_arrays, named_leaves, replaced, spell
+from apollo_optax._placement import on_automatic_axes
 from apollo_optax._projections import (
     Projection,
     check_projection,
@@ -56,67 +66,8 @@ ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
 # A leaf or leaves of fewer weights take a few megabytes of state at most.
 _MANY_WEIGHTS = 1 << 20
-_CHILD = "array"
 # (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
 Implementation = Callable[..., tuple[Array, Array, Array, Array]]
-
-
-class ScaleByApolloState(NamedTuple):
-    """State of `scale_by_apollo`: arrays in plain dictionaries nested by the parameters' names.
-
-    Where a parameter is in a box of Flax with names of its axes, so are its arrays here, each with
-    the names of its own axes.
-
-    Attributes:
-      count: Steps taken, int32 scalar.
-      key: Data of the PRNG key from which every projection is redrawn, uint32.
-      mu: First moment. Of a matrix: of the projected gradient, `(*batch, min(rank, m), *channel)`.
-        Of any other leaf: of the gradient, in the leaf's shape. float32 (float64 for float64
-        leaves) unless `mu_dtype` is given.
-      nu: Second moment, shaped as `mu`, float32 or float64.
-      norm: Norm of a matrix's last update that was not zero, `(*batch,)`; 0 before the first. Of
-        any other leaf zeros, one for each index of its first axis (one in all if it has a single
-        axis): with them the dictionaries fit the parameters, as `optax.tree_map_params` needs.
-      projection: With `svd`, or another projection that keeps state, the P in use,
-        `(*batch, min(rank, m), m)`, and of other leaves zeros as in `norm`; otherwise empty.
-    """
-
-    count: Int[Array, ""]  # type: ignore[assignment]  # tuple has a method of this name
-    key: UInt32[Array, "..."]
-    mu: PyTree
-    nu: PyTree
-    norm: PyTree
-    projection: PyTree = {}  # noqa: RUF012
-
-
-class MatrixState(NamedTuple):
-    """The state of one leaf, `mu`, `nu` and `norm` as in `ScaleByApolloState`."""
-
-    mu: Array
-    nu: Array
-    norm: Array
-
-
-@jax.tree_util.register_pytree_node_class
-class Hyperparameters(NamedTuple):
-    """The numbers of `scale_by_apollo`: constants of the program, but those that are arrays."""
-
-    b1: ArrayLike
-    b2: ArrayLike
-    eps: ArrayLike
-    scale: ArrayLike
-    norm_growth_limit: ArrayLike | None
-
-    def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
-        """Arrays are children; None, and what Python computes with exactly, is structure."""
-        structure = tuple(x if isinstance(x, float | int | None) else _CHILD for x in self)
-        return [x for x in self if not isinstance(x, float | int | None)], structure
-
-    @classmethod
-    def tree_unflatten(cls, structure: tuple[Any, ...], children: Any) -> "Hyperparameters":
-        """The inverse."""
-        arrays = iter(children)
-        return cls(*(next(arrays) if x is _CHILD else x for x in structure))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "granularity", "implementation"))
@@ -154,7 +105,7 @@ def apollo_update(
 
     if implementation is None:
         R = without_overflow(project(P, G, axes))  # R = P G, (*batch, rank, *channel)
-        mu, nu = _moments(R, state.mu, state.nu, hyper)
+        mu, nu = moments(R, state.mu, state.nu, hyper)
         R_tilde = mu / (jnp.sqrt(nu) + eps)
         if callable(granularity):
             s = _factors_by_rule(granularity, R_tilde, R, rank_axis)
@@ -173,28 +124,6 @@ def apollo_update(
     U = G * expand_to_leaf(s * jnp.expand_dims(step, matrix_axes), axes)
     mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)
     return jnp.asarray(U, G.dtype), MatrixState(mu, nu, remembered.astype(state.norm.dtype))
-
-
-@jax.jit
-def adam_update(
-    g: Float[Array, "*leaf"],
-    state: MatrixState,
-    t: Int[Array, ""],
-    hyper: Hyperparameters,
-) -> tuple[Float[Array, "*leaf"], MatrixState]:
-    """One step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix."""
-    b1, b2, eps, *_ = hyper
-    in_float32 = g.astype(wide(g.dtype))
-    mu, nu = _moments(in_float32, state.mu, state.nu, hyper)
-    update = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
-    mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)
-    return jnp.asarray(update, g.dtype), MatrixState(mu, nu, state.norm)
-
-
-def _moments(x: Array, mu: Array, nu: Array, hyper: Hyperparameters) -> tuple[Array, Array]:
-    mu = jnp.asarray(hyper.b1 * mu.astype(x.dtype) + (1 - hyper.b1) * x)
-    nu = jnp.asarray(hyper.b2 * nu + (1 - hyper.b2) * jnp.square(x))
-    return mu, nu
 
 
 def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
@@ -225,6 +154,7 @@ def scale_by_apollo(
     projection: Projection | Callable[..., Array] | None = None,
     key: int | PRNGKeyArray = 0,
     mu_dtype: Any = None,
+    vocabulary: Vocabulary = "adam",
     weight_dimension_numbers: WeightDimensionNumbers = None,
     implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -245,7 +175,7 @@ def scale_by_apollo(
 
     and N_prev becomes N / c where that is not 0. Where r >= m nothing is projected: P is the
     identity, and scale, which makes up for a projection, is 1. Leaves that are not matrices get
-    Adam's update.
+    Adam's update, or those of full size the one that `vocabulary` names.
 
     Gradients are read in their own dtype. Moments, norms and factors are computed in float32
     (float64 for float64 leaves), and updates have the gradients' dtype. R = P G is accumulated in
@@ -275,6 +205,11 @@ def scale_by_apollo(
       key: Seed or PRNG key of all projections. A matrix's own key is folded in from its path and
         batch index, so that other leaves do not matter to it.
       mu_dtype: Dtype the first moment is kept in.
+      vocabulary: The rule of leaves of full size that are not matrices, whose last two axes have
+        128 indices or more: embedding tables and output heads. "adam": two moments for every weight
+        (the paper). "factored": Adam's update without a first moment and with a second moment of
+        rank 1, whose state is the means of the squared gradient over either of the two axes.
+        "factored_momentum": a first moment beside it, kept in `mu_dtype`, None meaning bfloat16.
       weight_dimension_numbers: Which axes make a matrix: None (by names, as in
         `transformer_dimension_numbers`, and any other leaf with two axes is a matrix; one with more
         is trained with Adam and warned of), one `ApolloDimensionNumbers` for every leaf with at
@@ -314,6 +249,7 @@ def scale_by_apollo(
     if weight_dimension_numbers is None:
         weight_dimension_numbers = default_dimension_numbers
     _require_settings(rank, update_proj_gap, granularity, projection, key, mu_dtype, implementation)
+    require_vocabulary(vocabulary)
     _require_numbers(Hyperparameters(b1, b2, eps, scale, norm_growth_limit))
     stores_projections = keeps_state(projection)
     # A narrower scalar would make all that it is multiplied with as narrow.
@@ -335,11 +271,13 @@ def scale_by_apollo(
         _warn_of_whole_ranks(named, axes, rank)
         matrices = [(leaf, matrix) for path, leaf in named if (matrix := axes[path])]
         _check_functions(granularity, projection, matrices, rank)
-        leaves = {path: _init_leaf(leaf, axes[path], rank, mu_dtype) for path, leaf in named}
+        leaves = {
+            path: init_leaf(leaf, axes[path], rank, mu_dtype, vocabulary) for path, leaf in named
+        }
         stored = {}
         if stores_projections:
-            stored = {path: _no_projection(leaf, axes[path], rank) for path, leaf in named}
-        return with_axis_names(_nested(count, key_array, leaves, stored), params, axes)
+            stored = {path: no_projection(leaf, axes[path], rank) for path, leaf in named}
+        return with_axis_names(nested(count, key_array, leaves, stored), params, axes)
 
     def update(
         updates: PyTree,
@@ -352,7 +290,7 @@ def scale_by_apollo(
     ) -> tuple[PyTree, ScaleByApolloState]:
         del params, extra_args
         named, treedef = named_arrays(updates)
-        _require_state_of(state, named, stores_projections)
+        require_state_of(state, named, stores_projections)
         t = optax.safe_increment(state.count)
         if not named:
             return updates, state._replace(count=t)
@@ -363,7 +301,8 @@ def scale_by_apollo(
             if (matrix := axes[path])
         }
         of_field = {name: dict(named_leaves(tree)[0]) for name, tree in state._asdict().items()}
-        leaves = {path: _leaf_state(of_field, path, G.shape, axes[path], rank) for path, G in named}
+        needed = {path: state_shapes(G.shape, axes[path], rank, vocabulary) for path, G in named}
+        leaves = {path: leaf_state(of_field, path, needed[path]) for path, G in named}
         stored = of_field["projection"]
 
         refresh = state.count // update_proj_gap
@@ -376,14 +315,14 @@ def scale_by_apollo(
         scaled = []
         for path, G in named:
             if (matrix := axes[path]) is None:
-                U, leaves[path] = adam_update(G, leaves[path], t, hyper)
+                U, leaves[path] = others_update(G, leaves[path], t, hyper)
             else:
                 U, leaves[path] = apollo_update(
                     G, P[path], leaves[path], matrix, t, hyper, granularity, implementation
                 )
             scaled.append(U)
         # On the tree of the state that came in, for its boxes.
-        new_state = replaced(state, _nested(t, state.key, leaves, stored))
+        new_state = replaced(state, nested(t, state.key, leaves, stored))
         return jax.tree.unflatten(treedef, scaled), new_state
 
     tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
@@ -447,95 +386,6 @@ def _warn_of_whole_ranks(
         f"are with weight_dimension_numbers, for example by infer_dimension_numbers.",
         stacklevel=4,
     )
-
-
-def _init_leaf(leaf: Any, axes: MatrixAxes | None, rank: int, mu_dtype: Any) -> MatrixState:
-    dtype, on_mesh = wide(leaf.dtype), placement_of(leaf)
-    shape = leaf.shape if axes is None else low_rank_shape(leaf.shape, axes, rank)
-    device = moments_placement(on_mesh, leaf.shape, axes)
-    mu = jnp.zeros(shape, mu_dtype or dtype, device=device)
-    nu = jnp.zeros(shape, dtype, device=device)
-    return MatrixState(mu, nu, _zeros_of_each_matrix(leaf, axes, dtype))
-
-
-def _zeros_of_each_matrix(
-    leaf: Any, axes: MatrixAxes | None, dtype: Any, matrix_shape: tuple[int, ...] = ()
-) -> Array:
-    """Zeros of `matrix_shape` for each matrix of a leaf; of another leaf, for its first axis."""
-    if axes is None:
-        axes, matrix_shape = MatrixAxes((0,) if leaf.ndim > 1 else (), (), ()), ()
-    device = matrices_placement(placement_of(leaf), leaf.shape, axes, whole=len(matrix_shape))
-    shape = (*(leaf.shape[a] for a in axes.batch), *matrix_shape)
-    return jnp.zeros(shape, dtype, device=device)
-
-
-def _no_projection(leaf: Any, axes: MatrixAxes | None, rank: int) -> Array:
-    shape = () if axes is None else projection_shape(leaf.shape, axes, rank)[-2:]
-    return _zeros_of_each_matrix(leaf, axes, jnp.float32, shape)
-
-
-def _nested(
-    count: Array, key: Array, leaves: dict[Path, MatrixState], stored: dict[Path, Array]
-) -> ScaleByApolloState:
-    mu, nu, norm = (
-        nest((path, getattr(leaf, field)) for path, leaf in leaves.items())
-        for field in MatrixState._fields
-    )
-    return ScaleByApolloState(count, key, mu, nu, norm, nest(stored.items()))
-
-
-def _require_state_of(
-    state: Any, named: list[tuple[Path, Array]], stores_projections: bool
-) -> None:
-    """Raises ValueError unless the state is of this transformation and of these leaves."""
-    remedy = "Call init, or restore into what init returns."
-    if not isinstance(state, ScaleByApolloState):
-        raise ValueError(
-            f"The state of scale_by_apollo is a ScaleByApolloState, got a state that is a "
-            f"{type(state).__name__}: {state!r:.60}. {remedy}"
-        )
-    has_projections = bool(jax.tree.leaves(state.projection))
-    if named and has_projections is not stores_projections:
-        kept, given = ("keeps", "has none") if stores_projections else ("does not keep", "has some")
-        raise ValueError(
-            f"The state is of another projection: this one {kept} projections in its state, and "
-            f"the state {given}. {remedy}"
-        )
-    has_gradient = {path for path, _ in named}
-    has_moments = {path for path, _ in named_leaves(state.mu)[0]}
-    if has_gradient < has_moments:
-        path = spell(min(has_moments - has_gradient))
-        raise ValueError(
-            f"The state has moments for {path}, which has no gradient (None, or left out). Give "
-            f"zeros to keep its state, or leave it out of init too, for example with optax.masked "
-            f"or optax.partition."
-        )
-
-
-def _leaf_state(
-    of_field: dict[str, dict[Path, Array]],
-    path: Path,
-    shape: tuple[int, ...],
-    axes: MatrixAxes | None,
-    rank: int,
-) -> MatrixState:
-    """The state of the leaf at `path`; ValueError unless it is for a gradient of this shape."""
-    moments = shape if axes is None else low_rank_shape(shape, axes, rank)
-    batch_axes = len(axes.batch) if axes else int(len(shape) > 1)
-    batch = moments[:batch_axes]
-    found: dict[str, Any] = {}
-    for field, needed in {"mu": moments, "nu": moments, "norm": batch}.items():
-        found[field] = of_field[field].get(path)
-        shape_found = getattr(found[field], "shape", None)
-        if shape_found != needed:
-            name = "norm" if field == "norm" else "moments"
-            given = f"no {name}" if shape_found is None else f"{name} of shape {shape_found}"
-            raise ValueError(
-                f"The state has {given} for {spell(path)}, whose gradient needs {needed}: init "
-                f"made it for other parameters, rank or axes. Call init again or restore one that "
-                f"fits."
-            )
-    return MatrixState(**found)
 
 
 def _check_functions(

@@ -64,7 +64,7 @@ def _box(box: Any, leaf: Array, field: str, axes: MatrixAxes | None) -> Any:
     for key, names in _names_of(box).items():
         padded = (*names, *[None] * (jnp.ndim(parameter) - len(names)))
         if axes is None:
-            of_field = padded if field in ("mu", "nu") else padded[: int(len(padded) > 1)]
+            of_field = _names_of_other(padded, jnp.shape(parameter), jnp.shape(leaf), field)
         elif field in ("mu", "nu"):
             is_of_mesh = key != "names" and _are_of_mesh_that_is_set(padded)
             rule = _names_by_counts if is_of_mesh else _names_by_sizes
@@ -74,6 +74,21 @@ def _box(box: Any, leaf: Array, field: str, axes: MatrixAxes | None) -> Any:
             of_field = (*(padded[a] for a in axes.batch), *[None] * whole)
         named[key] = PartitionSpec(*of_field) if isinstance(names, PartitionSpec) else of_field
     return box.replace(value=leaf, **named)
+
+
+def _names_of_other(
+    names: Names, shape: tuple[int, ...], kept: tuple[int, ...], field: str
+) -> Names:
+    """Those of a leaf that is not a matrix: moments, factors of the second, or placeholders."""
+    if field in ("mu", "nu") and kept == shape:
+        return names
+    if field == "nu":
+        return names[:-1]
+    if field == "mu":
+        return names[:-2]
+    if len(shape) > 1 and kept == (*shape[:-2], shape[-1]):
+        return (*names[:-2], names[-1])
+    return names[: int(len(names) > 1)]
 
 
 def _are_of_mesh_that_is_set(names: Names) -> bool:

@@ -61,6 +61,16 @@ def matrices_placement(
     return _with_names(sharding, [*(names[a] for a in axes.batch), *((),) * whole])
 
 
+def placement_without(
+    sharding: NamedSharding | None, ndim: int, axes: tuple[int, ...]
+) -> NamedSharding | None:
+    """Where an array without some axes of a leaf, counted from its last, belongs."""
+    if sharding is None:
+        return None
+    names = _names_of_each_axis(sharding, ndim)
+    return _with_names(sharding, [n for i, n in enumerate(names) if i - ndim not in axes])
+
+
 def call_on_automatic_axes(function: Callable, *args: Any, like: Any) -> Any:
     """Returns `function(*args)`, whose results have the structure and the shardings of `like`.
 

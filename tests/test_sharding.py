@@ -28,6 +28,7 @@ from apollo_optax import (
     quantization,
     scale_by_apollo,
     svd,
+    swan,
     transformer_dimension_numbers,
 )
 from apollo_optax.sharding import on_automatic_axes, state_shardings
@@ -95,6 +96,26 @@ def test_moments_of_a_matrix_follow_its_batch_and_channel_axes(
     assert trimmed(found.count) == trimmed(found.key) == ()
 
 
+@pytest.mark.parametrize("rule", ["factored", "factored_momentum"])
+@AXIS_TYPES
+def test_factors_of_a_table_follow_its_rows_and_columns(rule, axis_type):
+    mesh = mesh_of(axis_type, fsdp=4, tensor=2)
+    params = {"embed": shaped(mesh, 256, 128, spec=("tensor", "fsdp"))}
+    tx = scale_by_apollo(4, vocabulary=rule)
+    found = state_shardings(tx, params)
+    assert trimmed(found.nu["embed"].spec) == ("tensor",)
+    assert trimmed(found.norm["embed"].spec) == ("fsdp",)
+    has_momentum = rule == "factored_momentum"
+    assert trimmed(found.mu["embed"].spec) == (("tensor", "fsdp") if has_momentum else ())
+    arrays = jax.tree.map(lambda p: jax.device_put(jnp.ones(p.shape), p.sharding), params)
+    state = jax.jit(tx.init, out_shardings=found)(arrays)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(tx.update).lower(arrays, state).compile()
+    assert jax.tree.map(jax.typeof, compiled(arrays, state)[1]) == jax.tree.map(jax.typeof, state)
+    # Sums over an axis are all-reduced, and nothing is gathered.
+    assert "all-gather" not in str(compiled.as_text())
+
+
 def test_projections_kept_by_svd_are_whole():
     mesh = mesh_of(fsdp=4, tensor=2)
     tx = scale_by_apollo(4, projection=svd, weight_dimension_numbers=DENSE)
@@ -117,6 +138,7 @@ OPTIMIZERS = {
     "adafactor": lambda: optax.adafactor(1e-3, min_dim_size_to_factor=32),
     "muon": lambda: on_automatic_axes(optax.contrib.muon(1e-3)),
     "lion": lambda: optax.lion(1e-3),
+    "swan": lambda: swan(1e-3),
 }
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, ArrayLike, Float
 
-from apollo_optax._apollo import Granularity, Hyperparameters
+from apollo_optax._apollo import Granularity
+from apollo_optax._leaves import Hyperparameters
 from apollo_optax._limiter import NORM_EPS
 from apollo_optax._matrices import MatrixAxes
 from apollo_optax._placement import compiler_divides_arrays

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*weight_dimension_numbers:UserW
 OURS: dict[str, dict[str, Any]] = {
     "apollo": {"learning_rate": 1e-2, "rank": 2},
     "apollo_mini": {"learning_rate": 1e-3},
+    "swan": {"learning_rate": 1e-3},
 }
 
 

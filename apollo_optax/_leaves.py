@@ -1,0 +1,270 @@
+"""What is kept of each leaf, and the rules of those that are not matrices."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt32
+
+from apollo_optax._arguments import require_one_of, wide
+from apollo_optax._matrices import MatrixAxes, low_rank_shape, projection_shape, without_overflow
+from apollo_optax._paths import Path, named_leaves, nest, spell
+from apollo_optax._placement import (
+    matrices_placement,
+    moments_placement,
+    placement_of,
+    placement_without,
+)
+
+Vocabulary = Literal["adam", "factored", "factored_momentum"]
+# Adafactor's: a leaf with fewer indices is so small that its moments do not matter.
+_FACTORED_SIDE = 128
+_CHILD = "array"
+
+
+class ScaleByApolloState(NamedTuple):
+    """State of `scale_by_apollo`: arrays in plain dictionaries nested by the parameters' names.
+
+    Where a parameter is in a box of Flax with names of its axes, so are its arrays here, each with
+    the names of its own axes.
+
+    Attributes:
+      count: Steps taken, int32 scalar.
+      key: Data of the PRNG key from which every projection is redrawn, uint32.
+      mu: First moment. Of a matrix: of the projected gradient, `(*batch, min(rank, m), *channel)`.
+        Of any other leaf: of the gradient, in the leaf's shape. float32 (float64 for float64
+        leaves) unless `mu_dtype` is given.
+      nu: Second moment, shaped as `mu`, float32 or float64. Of a leaf whose second moment is
+        factored: its mean over the last axis.
+      norm: Norm of a matrix's last update that was not zero, `(*batch,)`; 0 before the first. Of a
+        leaf whose second moment is factored: its mean over the last axis but one. Of any other leaf
+        zeros, one for each index of its first axis (one in all if it has a single axis): with them
+        the dictionaries fit the parameters, as `optax.tree_map_params` needs. So has `mu` of a
+        factored leaf without a first moment, one for each index before its last two axes.
+      projection: With `svd`, or another projection that keeps state, the P in use,
+        `(*batch, min(rank, m), m)`, and of other leaves zeros as in `norm`; otherwise empty.
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # tuple has a method of this name
+    key: UInt32[Array, "..."]
+    mu: PyTree
+    nu: PyTree
+    norm: PyTree
+    projection: PyTree = {}  # noqa: RUF012
+
+
+class MatrixState(NamedTuple):
+    """The state of one leaf, `mu`, `nu` and `norm` as in `ScaleByApolloState`, or a fact of each.
+
+    Facts are the shapes of the arrays and where they lie.
+    """
+
+    mu: Any
+    nu: Any
+    norm: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Hyperparameters(NamedTuple):
+    """The numbers of `scale_by_apollo`: constants of the program, but those that are arrays."""
+
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    scale: ArrayLike
+    norm_growth_limit: ArrayLike | None
+
+    def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
+        """Arrays are children; None, and what Python computes with exactly, is structure."""
+        structure = tuple(x if isinstance(x, float | int | None) else _CHILD for x in self)
+        return [x for x in self if not isinstance(x, float | int | None)], structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: tuple[Any, ...], children: Any) -> "Hyperparameters":
+        """The inverse."""
+        arrays = iter(children)
+        return cls(*(next(arrays) if x is _CHILD else x for x in structure))
+
+
+@jax.jit
+def adam_update(
+    g: Float[Array, "*leaf"],
+    state: MatrixState,
+    t: Int[Array, ""],
+    hyper: Hyperparameters,
+) -> tuple[Float[Array, "*leaf"], MatrixState]:
+    """One step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix."""
+    b1, b2, eps, *_ = hyper
+    in_float32 = g.astype(wide(g.dtype))
+    mu, nu = moments(in_float32, state.mu, state.nu, hyper)
+    update = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
+    mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)
+    return jnp.asarray(update, g.dtype), MatrixState(mu, nu, state.norm)
+
+
+@jax.jit
+def factored_update(
+    g: Float[Array, "*leaf"],
+    state: MatrixState,
+    t: Int[Array, ""],
+    hyper: Hyperparameters,
+) -> tuple[Float[Array, "*leaf"], MatrixState]:
+    """One step of Adam with a second moment of rank 1 (Shazeer and Stern, 2018).
+
+    Without a first moment, where the state has none.
+    """
+    b1, b2, eps, *_ = hyper
+    in_float32 = without_overflow(g.astype(wide(g.dtype)))
+    squares = jnp.square(in_float32)
+    rows = jnp.asarray(b2 * state.nu + (1 - b2) * jnp.mean(squares, axis=-1))
+    columns = jnp.asarray(b2 * state.norm + (1 - b2) * jnp.mean(squares, axis=-2))
+    mean = jnp.mean(rows, axis=-1, keepdims=True)
+    of_rows = jnp.sqrt(rows / jnp.where(mean > 0, mean, 1))
+    root = of_rows[..., :, None] * jnp.sqrt(columns / (1 - b2**t))[..., None, :]
+    mu, direction = state.mu, in_float32
+    if mu.shape == g.shape:
+        mu = jnp.asarray(b1 * mu.astype(in_float32.dtype) + (1 - b1) * in_float32)
+        direction = mu / (1 - b1**t)
+    kept = MatrixState(mu.astype(state.mu.dtype), rows, columns)
+    return jnp.asarray(direction / (root + eps), g.dtype), kept
+
+
+def moments(x: Array, mu: Array, nu: Array, hyper: Hyperparameters) -> tuple[Array, Array]:
+    mu = jnp.asarray(hyper.b1 * mu.astype(x.dtype) + (1 - hyper.b1) * x)
+    nu = jnp.asarray(hyper.b2 * nu + (1 - hyper.b2) * jnp.square(x))
+    return mu, nu
+
+
+def others_update(
+    g: Float[Array, "*leaf"], state: MatrixState, t: Int[Array, ""], hyper: Hyperparameters
+) -> tuple[Float[Array, "*leaf"], MatrixState]:
+    """One step of a leaf that is not a matrix, by the rule that its state is of."""
+    rule = adam_update if state.nu.shape == g.shape else factored_update
+    return rule(g, state, t, hyper)
+
+
+def require_vocabulary(vocabulary: Any) -> None:
+    """Raises ValueError unless `vocabulary` names a rule."""
+    require_one_of("vocabulary", vocabulary, get_args(Vocabulary))
+
+
+def is_full_size(shape: tuple[int, ...], axes: MatrixAxes | None) -> bool:
+    """Whether Adam's moments of a leaf would matter: an embedding table or a head, as a rule."""
+    return axes is None and len(shape) > 1 and min(shape[-2:]) >= _FACTORED_SIDE
+
+
+def state_shapes(
+    shape: tuple[int, ...], axes: MatrixAxes | None, rank: int, vocabulary: Vocabulary
+) -> MatrixState:
+    """Shapes of what is kept of a leaf; of a matrix at rank 0 nothing but zeros for each."""
+    if axes is not None:
+        low_rank = low_rank_shape(shape, axes, rank)
+        of_each = low_rank[: len(axes.batch)]
+        of_moments = low_rank if rank else of_each
+        return MatrixState(of_moments, of_moments, of_each)
+    if vocabulary == "adam" or not is_full_size(shape, axes):
+        return MatrixState(shape, shape, shape[:1] if len(shape) > 1 else ())
+    first = shape if vocabulary == "factored_momentum" else shape[:-2]
+    return MatrixState(first, shape[:-1], (*shape[:-2], shape[-1]))
+
+
+def init_leaf(
+    leaf: Any, axes: MatrixAxes | None, rank: int, mu_dtype: Any, vocabulary: Vocabulary
+) -> MatrixState:
+    """Zeros of `state_shapes`, where the leaf's placement puts them."""
+    dtype = wide(leaf.dtype)
+    shapes = state_shapes(leaf.shape, axes, rank, vocabulary)
+    if vocabulary == "factored_momentum" and is_full_size(leaf.shape, axes):
+        mu_dtype = mu_dtype or jnp.bfloat16
+    mu, nu, norm = (
+        jnp.zeros(shape, of_field, device=device)
+        for shape, of_field, device in zip(
+            shapes, (mu_dtype or dtype, dtype, dtype), _placements(leaf, axes, shapes), strict=True
+        )
+    )
+    return MatrixState(mu, nu, norm)
+
+
+def _placements(leaf: Any, axes: MatrixAxes | None, shapes: MatrixState) -> MatrixState:
+    """Where the arrays of these shapes belong."""
+    on_mesh = placement_of(leaf)
+    of_each = matrices_placement(on_mesh, leaf.shape, _each_of(leaf, axes))
+    of_moments = moments_placement(on_mesh, leaf.shape, axes)
+    if axes is None and shapes.nu != leaf.shape:
+        rows, columns, neither = (
+            placement_without(on_mesh, leaf.ndim, axes) for axes in ((-1,), (-2,), (-1, -2))
+        )
+        return MatrixState(of_moments if shapes.mu == leaf.shape else neither, rows, columns)
+    if axes is not None and shapes.mu == shapes.norm:
+        of_moments = of_each
+    return MatrixState(of_moments, of_moments, of_each)
+
+
+def _each_of(leaf: Any, axes: MatrixAxes | None) -> MatrixAxes:
+    """Axes whose indices have a zero each: a leaf's matrices, or another leaf's first axis."""
+    return axes or MatrixAxes((0,) if leaf.ndim > 1 else (), (), ())
+
+
+def no_projection(leaf: Any, axes: MatrixAxes | None, rank: int) -> Array:
+    """Zeros in the shape of the P of every matrix of a leaf."""
+    each = _each_of(leaf, axes)
+    whole = () if axes is None else projection_shape(leaf.shape, axes, rank)[-2:]
+    device = matrices_placement(placement_of(leaf), leaf.shape, each, whole=len(whole))
+    shape = (*(leaf.shape[a] for a in each.batch), *whole)
+    return jnp.zeros(shape, jnp.float32, device=device)
+
+
+def nested(
+    count: Array, key: Array, leaves: dict[Path, MatrixState], stored: dict[Path, Array]
+) -> ScaleByApolloState:
+    """The state whose dictionaries hold what is kept of each leaf."""
+    mu, nu, norm = (
+        nest((path, getattr(leaf, field)) for path, leaf in leaves.items())
+        for field in MatrixState._fields
+    )
+    return ScaleByApolloState(count, key, mu, nu, norm, nest(stored.items()))
+
+
+def require_state_of(state: Any, named: list[tuple[Path, Array]], stores_projections: bool) -> None:
+    """Raises ValueError unless the state is of this transformation and of these leaves."""
+    remedy = "Call init, or restore into what init returns."
+    if not isinstance(state, ScaleByApolloState):
+        raise ValueError(
+            f"The state of scale_by_apollo is a ScaleByApolloState, got a state that is a "
+            f"{type(state).__name__}: {state!r:.60}. {remedy}"
+        )
+    has_projections = bool(jax.tree.leaves(state.projection))
+    if named and has_projections is not stores_projections:
+        kept, given = ("keeps", "has none") if stores_projections else ("does not keep", "has some")
+        raise ValueError(
+            f"The state is of another projection: this one {kept} projections in its state, and "
+            f"the state {given}. {remedy}"
+        )
+    has_gradient = {path for path, _ in named}
+    has_moments = {path for path, _ in named_leaves(state.mu)[0]}
+    if has_gradient < has_moments:
+        path = spell(min(has_moments - has_gradient))
+        raise ValueError(
+            f"The state has moments for {path}, which has no gradient (None, or left out). Give "
+            f"zeros to keep its state, or leave it out of init too, for example with optax.masked "
+            f"or optax.partition."
+        )
+
+
+def leaf_state(
+    of_field: dict[str, dict[Path, Array]], path: Path, needed: MatrixState
+) -> MatrixState:
+    """The state of the leaf at `path`; ValueError unless it has the shapes that are needed."""
+    found: dict[str, Any] = {}
+    for field, shape_needed in needed._asdict().items():
+        found[field] = of_field[field].get(path)
+        shape_found = getattr(found[field], "shape", None)
+        if shape_found != shape_needed:
+            name = "norm" if field == "norm" else "moments"
+            given = f"no {name}" if shape_found is None else f"{name} of shape {shape_found}"
+            raise ValueError(
+                f"The state has {given} for {spell(path)}, whose gradient needs {shape_needed}: "
+                f"init made it for other parameters, rank or axes. Call init again or restore one "
+                f"that fits."
+            )
+    return MatrixState(**found)

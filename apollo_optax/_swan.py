@@ -1,0 +1,180 @@
+"""SWAN: matrices are trained by their whitened gradient, of which nothing is remembered."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from apollo_optax._arguments import require_number, require_real_floating, wide
+from apollo_optax._boxes import with_axis_names
+from apollo_optax._keys import key_data
+from apollo_optax._leaves import (
+    Hyperparameters,
+    ScaleByApolloState,
+    Vocabulary,
+    init_leaf,
+    leaf_state,
+    nested,
+    others_update,
+    require_state_of,
+    require_vocabulary,
+    state_shapes,
+)
+from apollo_optax._matrices import (
+    MatrixAxes,
+    WeightDimensionNumbers,
+    axes_of_each_leaf,
+    leaf_of,
+    matrices_of,
+    side,
+)
+from apollo_optax._names import default_dimension_numbers
+from apollo_optax._paths import named_arrays, named_leaves, replaced
+from apollo_optax._placement import on_automatic_axes
+
+# Of the quintic iteration, as in `optax.contrib.muon`.
+_COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_NOTHING_KEPT = 0  # as a rank
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def whiten(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "*leaf"]:
+    """Every matrix of a gradient with its outputs at one size and orthogonal, in G's dtype.
+
+    Each output is divided by its root mean square over the inputs. Newton-Schulz iterations then
+    bring the singular values near 1, and the root of the larger side the entries to about 1.
+    Computed in float32 or better.
+    """
+    X = G.astype(wide(G.dtype))
+    sides = (*axes.projected, *axes.channel)
+    # So that squares of small and of large entries are as good as of others.
+    largest = jnp.max(jnp.abs(X), axis=sides, keepdims=True)
+    X = jnp.where(jnp.isfinite(largest), X / _or_one(largest), 0)
+    X = X / _or_one(jnp.sqrt(jnp.mean(jnp.square(X), axis=axes.reduction, keepdims=True)))
+
+    M = matrices_of(X, axes)
+    M = M / _or_one(jnp.linalg.norm(M, axis=(-2, -1), keepdims=True))
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = M @ jnp.swapaxes(M, -2, -1)
+        M = a * M + (b * gram + c * gram @ gram) @ M
+    return leaf_of(M * side(G.shape, axes.channel) ** 0.5, G.shape, axes).astype(G.dtype)
+
+
+def _or_one(x: Array) -> Array:
+    return jnp.where(x > 0, x, 1)
+
+
+def scale_by_swan(
+    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    mu_dtype: Any = None,
+    vocabulary: Vocabulary = "factored",
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Whitens the gradients of matrices, without any state.
+
+    For a matrix G whose outputs have inputs `j`:
+
+    .. math::
+      X_{jk} &= G_{jk} / \sqrt{\textstyle\mathrm{mean}_j \, G_{jk}^2} \\
+      U &= \sqrt{n} \, (X X^T)^{-1/2} X
+
+    with n the size of the larger side, so that entries are of size about 1. The inverse root is by
+    five Newton-Schulz iterations with the coefficients of `optax.contrib.muon`. The paper also
+    takes the mean off each output first, and gives U the norm of G.
+
+    Leaves that are not matrices are trained as by `scale_by_apollo`.
+
+    Args:
+      b1: Decay of the first moment of leaves that are not matrices.
+      b2: Decay of their second moment.
+      eps: Added to the root of the second moment.
+      mu_dtype: Dtype their first moment is kept in.
+      vocabulary: As in `scale_by_apollo`; "factored" keeps about V + d numbers for a table (V, d).
+      weight_dimension_numbers: As in `scale_by_apollo`.
+
+    Returns:
+      A gradient transformation whose state is a `ScaleByApolloState`. Of a matrix it has zeros, one
+      each for `mu`, `nu` and `norm`, so that its dictionaries fit the parameters; the key is not
+      used.
+
+    Raises:
+      TypeError: An argument of the wrong type, here; a parameter or gradient that is not real
+        floating point, at init.
+      ValueError: An argument out of range, here; axes that do not fit a parameter, at init;
+        gradients that do not match the state, at update.
+
+    References:
+      Ma et al., SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training, ICML
+      2025, https://arxiv.org/abs/2412.13148
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from apollo_optax import scale_by_swan
+      >>> tx = optax.chain(scale_by_swan(), optax.scale_by_learning_rate(0.004))
+      >>> state = tx.init({"kernel": jnp.ones((64, 256))})
+      >>> state[0].mu["kernel"].shape
+      ()
+    """
+    require_number("b1", b1, at_least=0, below=1, precise=True)
+    require_number("b2", b2, at_least=0, below=1, precise=True)
+    require_number("eps", eps, above=0, precise=True)
+    require_vocabulary(vocabulary)
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
+    if weight_dimension_numbers is None:
+        weight_dimension_numbers = default_dimension_numbers
+    hyper = jax.tree.map(
+        lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)),
+        Hyperparameters(b1, b2, eps, 1.0, None),
+    )
+
+    def init(params: PyTree) -> ScaleByApolloState:
+        count, key = jnp.zeros([], jnp.int32), key_data(0)
+        named, _ = named_arrays(params)
+        if not named:
+            return ScaleByApolloState(count, key, params, params, params)
+        require_real_floating(named)
+        axes = axes_of_each_leaf(weight_dimension_numbers, params)
+        leaves = {
+            path: init_leaf(leaf, axes[path], _NOTHING_KEPT, mu_dtype, vocabulary)
+            for path, leaf in named
+        }
+        return with_axis_names(nested(count, key, leaves, {}), params, axes)
+
+    def update(
+        updates: PyTree,
+        state: ScaleByApolloState,
+        params: PyTree | None = None,
+        *,
+        hyper: Hyperparameters,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByApolloState]:
+        del params, extra_args
+        named, treedef = named_arrays(updates)
+        require_state_of(state, named, stores_projections=False)
+        t = optax.safe_increment(state.count)
+        if not named:
+            return updates, state._replace(count=t)
+        axes = axes_of_each_leaf(weight_dimension_numbers, updates, quiet=True)
+        of_field = {name: dict(named_leaves(tree)[0]) for name, tree in state._asdict().items()}
+        whitened, leaves = [], {}
+        for path, G in named:
+            needed = state_shapes(G.shape, axes[path], _NOTHING_KEPT, vocabulary)
+            leaves[path] = leaf_state(of_field, path, needed)
+            if (matrix := axes[path]) is None:
+                U, leaves[path] = others_update(G, leaves[path], t, hyper)
+            else:
+                U = whiten(G, matrix)
+            whitened.append(U)
+        new_state = replaced(state, nested(t, state.key, leaves, {}))
+        return jax.tree.unflatten(treedef, whitened), new_state
+
+    tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
+    return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
