@@ -21,21 +21,25 @@ from pathlib import Path
 
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.search import next_trials, rows_of
+from benchmarks.frontier.training import Trial
 from benchmarks.rows import RESULTS, add_rows, read_rows
 
 OUTPUT = RESULTS / "frontier.json"
 COMMAND = "python -m benchmarks.frontier"
 
 
-def run_pair(pair: Pair, output: Path, texts_file: Path | None, until: float) -> None:
-    """Trains until nothing is left to try for a pair, or the time is over."""
+def run_pair(
+    pair: Pair, output: Path, texts_file: Path | None, until: float, given: Sequence[Trial] = ()
+) -> None:
+    """Trains until nothing is left to try for a pair, or the time is over; or the given trials."""
     from benchmarks.frontier import training  # in the worker, which may have its share of a GPU
 
     texts = training.load_texts(texts_file)
     setting = training.SETTINGS[pair.setting]
     state = training.state_bytes(setting, pair.hidden, pair.vocabulary)
     while time.time() < until:
-        trials = next_trials(pair, rows_of(read_rows(output), pair))
+        done = rows_of(read_rows(output), pair)
+        trials = [t for t in given if t not in done][:1] if given else next_trials(pair, done)
         if not trials:
             return
         began = time.perf_counter()
@@ -48,6 +52,12 @@ def run_pair(pair: Pair, output: Path, texts_file: Path | None, until: float) ->
         add_rows(output, COMMAND, rows)
         best = min((loss for loss in losses if loss is not None), default=float("nan"))
         print(f"{pair}: {len(trials)} trials in {seconds:.0f} s, best {best:.4f}", flush=True)
+
+
+def _trial(text: str) -> Trial:
+    *rates, seed = text.split(",")
+    hidden, vocabulary, norms = map(float, rates)
+    return Trial(hidden, vocabulary, norms, int(seed))
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Pair]:
@@ -76,6 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, values in zip(Pair._fields, zip(*PAIRS, strict=True), strict=True):
         parser.add_argument(f"--{name}", choices=sorted(set(values)), help="these pairs only")
+    parser.add_argument(
+        "--trial",
+        type=_trial,
+        action="append",
+        default=[],
+        metavar="HIDDEN,VOCABULARY,NORMS,SEED",
+        help="with one pair: these rates and seeds only",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no more after")
     parser.add_argument("--texts", type=Path, help="file of tokens: read, or written if missing")
@@ -86,11 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         for pair in pairs:
             if trials := next_trials(pair, rows_of(read_rows(options.output), pair)):
-                print(pair, len(trials))
+                print(pair, *trials, sep="\n  ")
         return
     if len(pairs) == 1:
-        run_pair(pairs[0], options.output, options.texts, until)
+        run_pair(pairs[0], options.output, options.texts, until, options.trial)
         return
+    if options.trial:
+        parser.error("--trial needs --setting, --hidden and --vocabulary")
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         failed = [
             pair

@@ -32,6 +32,7 @@ _VOCABULARY_RULES = (
     ("whitened", "head_factored_momentum"),
     ("whitened", "token"),
     ("whitened", "head_momentum"),
+    ("whitened", "factored_momentum"),
     ("apollo_quarter", "apollo"),
     ("apollo_mini", "apollo_mini"),
     ("whitened", "token_fast"),

@@ -364,6 +364,14 @@ VOCABULARY: Mapping[str, Rule] = {
     "factored": Rule("factored second moment", _factored, 3e-2),
     "token": Rule("second moment a token, b2 = 0.999", _token_moment(0.999), 3e-2),
     "token_fast": Rule("second moment a token, b2 = 0.99", _token_moment(0.99), 3e-2),
+    "factored_momentum": Rule(
+        "factored, with momentum (bfloat16)",
+        lambda width, seed: apollo_optax.scale_by_apollo(
+            vocabulary="factored_momentum",
+            weight_dimension_numbers=lambda params: jax.tree.map(lambda _: None, params),
+        ),
+        3e-2,
+    ),
     "head_adam": Rule("embedding factored, head Adam", _of_both(_factored, _adam), 3e-2),
     "head_momentum": Rule(
         "embedding factored, head momentum (bfloat16) by token",

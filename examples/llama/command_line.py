@@ -94,6 +94,7 @@ def filled(given: _Config, defaults: dict[str, Any]) -> _Config:
 _Range = tuple[str, Callable[[float], bool]]
 _COUNT: _Range = ("at least 1", lambda value: value >= 1)
 _NOT_NEGATIVE: _Range = ("at least 0", lambda value: value >= 0)
+_POSITIVE: _Range = ("a positive number", lambda value: value > 0)
 _FRACTION: _Range = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _RANGES: dict[str, _Range] = {
     **dict.fromkeys(["batch", "sequence", "micro_batches", "steps", "rank"], _COUNT),
@@ -102,7 +103,7 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(["spike_limit", "weight_decay", "clip", "checkpoint_every"], _NOT_NEGATIVE),
     **dict.fromkeys(["norm_growth_limit", "sample_length", "temperature"], _NOT_NEGATIVE),
     **dict.fromkeys(["warmup_fraction", "momentum"], _FRACTION),
-    "learning_rate": ("a positive number", lambda value: value > 0),
+    **dict.fromkeys(["learning_rate", "vocabulary_learning_rate"], _POSITIVE),
 }
 
 

@@ -1,4 +1,4 @@
-"""The optimizers to compare: APOLLO's two and six of Optax's, behind one set of settings."""
+"""The optimizers to compare: APOLLO's two, SWAN and six of Optax's, behind one set of settings."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ __all__ = [
     "LEFT_OPEN",
     "OPTIMIZERS",
     "OPTIONS_OF",
+    "SWAN_VOCABULARY_FACTOR",
     "OptimizerName",
     "OptimizerSettings",
     "ProjectionName",
@@ -30,13 +31,15 @@ __all__ = [
 ]
 
 OptimizerName = Literal[
-    "apollo", "apollo_mini", "adamw", "adafactor", "lion", "muon", "galore", "sgd"
+    "apollo", "apollo_mini", "swan", "adamw", "adafactor", "lion", "muon", "galore", "sgd"
 ]
 ProjectionName = Literal["gaussian", "rademacher", "svd"]
+VocabularyName = Literal["adam", "factored", "factored_momentum"]
 
 DEFAULT_LEARNING_RATES: dict[str, float] = {
     "apollo": 2e-2,
     "apollo_mini": 2e-2,
+    "swan": 4e-3,
     "adamw": 2e-3,
     "adafactor": 8e-2,
     "lion": 1.6e-3,
@@ -45,8 +48,13 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
     "sgd": 4e-1,
 }
 """Peak learning rates of small models. AdamW, APOLLO and APOLLO-Mini have the best of `nano`, in
-`benchmarks/results/nano_learning_rates.json`; of rates within 0.001 nats, the smaller. The others
-have those of `benchmarks/results/convergence.json`."""
+`benchmarks/results/nano_learning_rates.json`; of rates within 0.001 nats, the smaller. SWAN has
+that of `benchmarks/results/frontier.json`, the others those of
+`benchmarks/results/convergence.json`."""
+
+SWAN_VOCABULARY_FACTOR = 60
+"""The learning rate of the vocabulary over that of the matrices, of SWAN with its factored rule, as
+in `benchmarks/results/frontier.json`."""
 
 FINE_TUNING_LEARNING_RATES: dict[str, float] = {
     name: rate / 100 for name, rate in DEFAULT_LEARNING_RATES.items()
@@ -54,7 +62,7 @@ FINE_TUNING_LEARNING_RATES: dict[str, float] = {
 """Peak learning rates of loaded models: AdamW's usual 2e-5, a hundredth of that of a small new
 model, and as much for the others; for APOLLO and APOLLO-Mini those of the paper's fine-tuning."""
 
-FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini")
+FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini", "swan")
 """Optimizers whose moments are float32 whatever the weights are."""
 
 OPTIMIZERS: tuple[OptimizerName, ...] = tuple(DEFAULT_LEARNING_RATES)  # type: ignore[arg-type]
@@ -67,6 +75,8 @@ OPTIONS_OF: dict[str, tuple[OptimizerName, ...]] = {
     "granularity": ("apollo",),
     "projection": ("apollo", "apollo_mini"),
     "norm_growth_limit": ("apollo", "apollo_mini"),
+    "vocabulary": ("apollo", "apollo_mini", "swan"),
+    "vocabulary_learning_rate": ("apollo", "apollo_mini", "swan"),
     "project_embeddings": ("apollo", "apollo_mini", "galore", "muon"),
     "momentum": ("sgd",),
 }
@@ -93,6 +103,9 @@ class OptimizerSettings:
       projection: What the projection is drawn from; for apollo and apollo_mini.
       norm_growth_limit: Largest ratio of the norms of a matrix's consecutive updates, 0 for no
         limit; for apollo and apollo_mini.
+      vocabulary: The rule of embedding and head; for apollo, apollo_mini and swan.
+      vocabulary_learning_rate: Its peak learning rate, None for that of the matrices; for apollo,
+        apollo_mini and swan.
       project_embeddings: Treat embedding and head as the other matrices, instead of training them
         with Adam as the paper does; for apollo, apollo_mini, galore and muon.
       momentum: Decay of the sum of past gradients, 0 for none; for sgd.
@@ -124,6 +137,13 @@ class OptimizerSettings:
         LeftOut[ProjectionName], default("{gaussian,rademacher,svd}", "gaussian")
     ] = "gaussian"
     norm_growth_limit: Annotated[LeftOut[float], default("FLOAT", "1.01")] = 1.01
+    vocabulary: Annotated[
+        LeftOut[VocabularyName],
+        default("{adam,factored,factored_momentum}", "adam; swan: factored"),
+    ] = "adam"
+    vocabulary_learning_rate: Annotated[
+        float | None, default("FLOAT", "the learning rate; swan: 60 times it")
+    ] = None
     project_embeddings: bool = False
     momentum: Annotated[LeftOut[float], default("FLOAT", "0.9")] = 0.0
     seed: tyro.conf.Suppress[int] = 0
@@ -150,12 +170,16 @@ def learning_rate_schedule(settings: OptimizerSettings) -> optax.Schedule:
     >>> [round(float(schedule(steps_done)), 2) for steps_done in (0, 1, 9)]
     [0.5, 1.0, 0.1]
     """
+    return _schedule(settings, settings.learning_rate)
+
+
+def _schedule(settings: OptimizerSettings, peak: float) -> optax.Schedule:
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=settings.learning_rate,
+        peak_value=peak,
         warmup_steps=round(settings.warmup_fraction * settings.total_steps),
         decay_steps=settings.total_steps,
-        end_value=settings.final_fraction * settings.learning_rate,
+        end_value=settings.final_fraction * peak,
     )
     # Counted from one, so that the first step is not lost to a learning rate of zero.
     return lambda count: schedule(count + 1)
@@ -206,6 +230,8 @@ def _make(
             )
         case "apollo_mini":
             return apollo_optax.apollo_mini(learning_rate, **_apollo_arguments(settings), **decay)
+        case "swan":
+            return apollo_optax.swan(learning_rate, **_vocabulary_arguments(settings), **decay)
         case "adamw":
             return optax.adamw(learning_rate, **decay)
         case "lion":
@@ -253,6 +279,15 @@ def _apollo_arguments(settings: OptimizerSettings) -> dict[str, Any]:
         "norm_growth_limit": settings.norm_growth_limit or None,
         "projection": getattr(apollo_optax, settings.projection),
         "key": settings.seed,
+        **_vocabulary_arguments(settings),
+    }
+
+
+def _vocabulary_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    peak = settings.vocabulary_learning_rate
+    return {
+        "vocabulary": settings.vocabulary,
+        "vocabulary_learning_rate": None if peak is None else _schedule(settings, peak),
         "weight_dimension_numbers": _matrices(settings, apollo_optax.ApolloDimensionNumbers),
     }
 

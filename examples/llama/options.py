@@ -30,6 +30,7 @@ from examples.llama.optimizers import (
     LEFT_OPEN,
     OPTIMIZERS,
     OPTIONS_OF,
+    SWAN_VOCABULARY_FACTOR,
     OptimizerName,
     OptimizerSettings,
 )
@@ -56,6 +57,7 @@ CHANGEABLE = frozenset(
     [
         *("optimizer.learning_rate", "optimizer.warmup_fraction", "optimizer.final_fraction"),
         *("optimizer.alpha", "optimizer.update_proj_gap", "optimizer.seed"),
+        "optimizer.vocabulary_learning_rate",
         "optimizer.total_steps",
         *("spike_limit", "seed"),
     ]
@@ -420,9 +422,12 @@ def _optimizer_settings(
     rates = DEFAULT_LEARNING_RATES if config.model.load is None else FINE_TUNING_LEARNING_RATES
     is_papers = config.model.preset == "paper" and is_apollo
     alphas = {"apollo": defaults.alpha_apollo, "apollo_mini": defaults.alpha_mini}
+    learning_rate = _first(
+        config.optimizer.learning_rate, defaults.learning_rate if is_papers else rates[name]
+    )
     usual = OptimizerSettings(
         name,
-        defaults.learning_rate if is_papers else rates[name],
+        learning_rate,
         defaults.steps,
         warmup_fraction=defaults.warmup_fraction,
         weight_decay=defaults.weight_decay,
@@ -430,6 +435,8 @@ def _optimizer_settings(
         alpha=alphas.get(name, _GALORE_ALPHA),
         update_proj_gap=defaults.update_proj_gap,
         momentum=0.9 if name == "sgd" else 0.0,
+        vocabulary="factored" if name == "swan" else "adam",
+        vocabulary_learning_rate=SWAN_VOCABULARY_FACTOR * learning_rate if name == "swan" else None,
     )
     given = dataclasses.replace(config.optimizer, name=name, seed=config.training.seed)
     return filled(given, vars(usual))

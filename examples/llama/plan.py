@@ -180,6 +180,7 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
             DEFAULT_LEARNING_RATES[config.optimizer],
             _STEPS,
             rank=config.rank or (preset.rank if preset else max(1, shape.hidden_size // 4)),
+            vocabulary="factored" if config.optimizer == "swan" else "adam",
             project_embeddings=config.project_embeddings,
         ),
         weights=config.weights,

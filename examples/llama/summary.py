@@ -59,7 +59,7 @@ def optimizer_line(settings: RunSettings) -> str:
         parts.append(f"clip {optimizer.clip:g}")
     for name, users in OPTIONS_OF.items():
         value = getattr(optimizer, name)
-        if optimizer.name in users and value is not False:
+        if optimizer.name in users and value is not False and value is not None:
             shown = f"{value:.4g}" if isinstance(value, float) else value
             parts.append(name if value is True else f"{name} {shown}")
     return f"{optimizer.name}: {', '.join(parts)}"
