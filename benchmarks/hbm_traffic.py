@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers
-from apollo_optax.experimental import pallas_gpu, pallas_tpu
+from apollo_optax.experimental import pallas_tpu
 from apollo_optax.planning._hlo import hbm_bytes, parse_program
 from apollo_optax.planning._plan import compile_update
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
@@ -47,14 +47,18 @@ _GALORE = "GaLore, r = 256"
 _APART = ", layers apart"
 
 
-def _apollo(rank: int, **options: Any) -> Callable[..., optax.GradientTransformation]:
-    return lambda **more: apollo_optax.apollo(
-        _LEARNING_RATE, rank, weight_dimension_numbers=_MATRIX, **options, **more
+def _apollo(rank: int, **options: Any) -> Callable[[], optax.GradientTransformation]:
+    return lambda: apollo_optax.apollo(
+        _LEARNING_RATE, rank, weight_dimension_numbers=_MATRIX, **options
     )
 
 
-def _apollo_mini(**more: Any) -> optax.GradientTransformation:
-    return apollo_optax.apollo_mini(_LEARNING_RATE, weight_dimension_numbers=_MATRIX, **more)
+def _apollo_mini() -> optax.GradientTransformation:
+    return apollo_optax.apollo_mini(_LEARNING_RATE, weight_dimension_numbers=_MATRIX)
+
+
+def _swan() -> optax.GradientTransformation:
+    return apollo_optax.swan(_LEARNING_RATE, weight_dimension_numbers=_MATRIX)
 
 
 def _muon() -> optax.GradientTransformation:
@@ -65,29 +69,30 @@ def _muon() -> optax.GradientTransformation:
     )
 
 
-# For the chip that is asked about.
-_KERNELS = {"tpu-v5e": pallas_tpu, "a100-80gb": pallas_gpu}
+# Of TPUs, where rank 1 needs none: XLA joins the two reads by itself.
 _KERNEL = ", kernel"
-# A TPU's kernel does not take rank 1: XLA joins the two reads there by itself.
-_LEFT_OUT = {(_GALORE, "tpu-v5e"), (f"APOLLO-Mini{_KERNEL}", "tpu-v5e")}
+_LEFT_OUT = {
+    (_GALORE, "tpu-v5e"),
+    *((f"APOLLO, r = {rank}{_KERNEL}", "a100-80gb") for rank in (128, 256)),
+}
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "SGD": lambda: optax.sgd(_LEARNING_RATE),
     "AdamW": lambda: optax.adamw(_LEARNING_RATE),
     "Lion": lambda: optax.lion(_LEARNING_RATE),
     "Adafactor": lambda: optax.adafactor(_LEARNING_RATE),
     "Muon": _muon,
+    "SWAN": _swan,
     _GALORE: lambda: optax.contrib.galore(_LEARNING_RATE, rank=256),
     "APOLLO-Mini": _apollo_mini,
-    f"APOLLO-Mini{_KERNEL}": _apollo_mini,
     f"APOLLO-Mini{_APART}": lambda: apollo_optax.apollo_mini(_LEARNING_RATE),
     "APOLLO, r = 128": _apollo(128),
     "APOLLO, r = 256": _apollo(256),
     f"APOLLO, r = 256{_APART}": _apollo(256),
     "APOLLO, r = 256, Rademacher": _apollo(256, projection=apollo_optax.rademacher),
-    f"APOLLO, r = 128{_KERNEL}": _apollo(128),
-    f"APOLLO, r = 256{_KERNEL}": _apollo(256),
+    f"APOLLO, r = 128{_KERNEL}": _apollo(128, implementation=pallas_tpu),
+    f"APOLLO, r = 256{_KERNEL}": _apollo(256, implementation=pallas_tpu),
 }
 
 
@@ -110,8 +115,7 @@ def _matrices(name: str, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
 def measure(name: str, dtype: str, target: str) -> Row:
     """Words of HBM for each parameter, by this project's count and, on a TPU, by the compiler's."""
     params = _matrices(name, dtype)
-    kernel = {"implementation": _KERNELS[target]} if name.endswith(_KERNEL) else {}
-    compiled = compile_update(OPTIMIZERS[name](**kernel), params, target)
+    compiled = compile_update(OPTIMIZERS[name](), params, target)
     moved_bytes = hbm_bytes(parse_program(compiled.as_text() or ""))
     word = sum(math.prod(leaf.shape) for leaf in params.values()) * jnp.dtype(dtype).itemsize
     row = {
@@ -161,7 +165,7 @@ def draw(rows: Sequence[Row]) -> None:
     """Draws the words of float32 updates as bars."""
     figure = Figure(figsize=(10.0, 4.0), layout="constrained")
     found = {(row["optimizer"], row["dtype"], row["target"]): row["hbm_words"] for row in rows}
-    labels = [name for name in OPTIMIZERS if name not in ("Muon", _GALORE)]
+    labels = [name for name in OPTIMIZERS if name not in ("Muon", "SWAN", _GALORE)]
     colors = ["C1" if label.startswith("APOLLO") else "C0" for label in labels]
     panels = figure.subplots(1, len(TARGETS), sharey=True)
     for axes, (target, title) in zip(panels, TARGETS.items(), strict=True):

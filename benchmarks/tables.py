@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import (
+    accelerator_step_time,
     any_model,
     cpu_memory_cap,
     data_parallel_13b,
@@ -32,11 +33,13 @@ from benchmarks import (
 )
 from benchmarks.convergence import report as convergence
 from benchmarks.convergence import step_time as convergence_step_time
+from benchmarks.frontier import report as frontier
 from benchmarks.rows import RESULTS, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "accelerator_step_time": accelerator_step_time.table,
     "any_model": any_model.table,
     "convergence": convergence.table,
     "convergence_ablations": convergence.ablation_table,
@@ -47,6 +50,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "cpu_memory_cap": cpu_memory_cap.table,
     "data_parallel_13b": data_parallel_13b.table,
     "fine_tuning": fine_tuning.table,
+    "frontier": frontier.table,
     "hbm_traffic": hbm_traffic.table,
     "kill_and_resume": kill_and_resume.table,
     "largest_micro_batch": largest_micro_batch.table,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, planning, scale_by_apollo
-from apollo_optax.experimental import pallas_gpu, pallas_tpu
+from apollo_optax.experimental import pallas_tpu
 from apollo_optax.planning._hlo import hbm_bytes, parse_program
 from apollo_optax.planning._plan import compile_update
 
@@ -43,21 +43,13 @@ def test_no_gradient_is_transposed_or_copied(target, rank, granularity, shape):
 
 
 @pytest.mark.planning
-@pytest.mark.parametrize(
-    ("target", "rank", "kernel"),
-    [
-        ("tpu-v5e", 64, pallas_tpu),
-        ("a100-80gb", 208, pallas_gpu),
-        ("a100-80gb", 1, pallas_gpu),
-    ],
-)
 @pytest.mark.parametrize("shape", [(1, 4096, 8192), (1, 8192, 4096)])
-def test_a_kernel_saves_a_read_of_the_gradient(target, rank, kernel, shape):
+def test_a_kernel_saves_a_read_of_the_gradient(shape):
     def moved(implementation: Any) -> int:
-        tx = scale_by_apollo(rank, weight_dimension_numbers=LAST_TWO, implementation=implementation)
-        return hbm_bytes(parse_program(compiled_update(target, tx, shape)))
+        tx = scale_by_apollo(64, weight_dimension_numbers=LAST_TWO, implementation=implementation)
+        return hbm_bytes(parse_program(compiled_update("tpu-v5e", tx, shape)))
 
-    assert moved(kernel) < moved(None) - 0.9 * 4 * math.prod(shape)
+    assert moved(pallas_tpu) < moved(None) - 0.9 * 4 * math.prod(shape)
 
 
 @pytest.mark.parametrize(

@@ -19,31 +19,26 @@ from apollo_optax._matrices import (
 )
 from apollo_optax.experimental import (
     _pallas,
-    _pallas_gpu,
     _pallas_tpu,
     _program,
-    pallas_gpu,
     pallas_tpu,
 )
 
 LAST_TWO = ApolloDimensionNumbers(-2, -1)
 TPU_SHAPES = [(128, 300), (300, 128), (1024, 1100), (1100, 640), (3, 256, 700), (2, 2, 700, 256)]
-GPU_SHAPES = [(48, 80), (80, 48), (96, 1024), (1024, 96), (3, 64, 208), (2, 2, 208, 64)]
 
 
 @pytest.mark.parametrize(
     ("kernels", "rank", "shape", "dtype"),
     [(_pallas_tpu, 16, shape, jnp.float32) for shape in TPU_SHAPES]
-    + [(_pallas_gpu, 48, shape, jnp.float32) for shape in GPU_SHAPES]
-    + [(_pallas_gpu, 1, shape, jnp.float32) for shape in GPU_SHAPES[-2:]]
-    + [(_pallas_tpu, 16, TPU_SHAPES[-2], jnp.bfloat16)]
-    + [(_pallas_gpu, rank, GPU_SHAPES[-2], jnp.bfloat16) for rank in (1, 48)],
+    + [(_pallas_tpu, 16, TPU_SHAPES[-2], jnp.bfloat16)],
 )
 def test_it_is_the_plain_code(kernels, rank, shape, dtype):
     axes = matrix_axes(LAST_TWO, shape, ("w",))
     dim, channels = min(shape[-2:]), max(shape[-2:])
     keys = jax.random.split(jax.random.key(0), 4)
-    P = jax.random.normal(keys[0], (*shape[:-2], rank, dim))
+    # Entries that G's dtype has: outside of a kernel P is rounded to it.
+    P = jax.random.normal(keys[0], (*shape[:-2], rank, dim)).astype(dtype).astype(jnp.float32)
     G = jax.random.normal(keys[1], shape, dtype)
     mu = jax.random.normal(keys[2], (*shape[:-2], rank, channels))
     nu = jax.random.uniform(keys[3], mu.shape)
@@ -74,13 +69,9 @@ HEADS, LAYERS_INSIDE = ApolloDimensionNumbers(0, (1, 2)), ApolloDimensionNumbers
         (_pallas_tpu, (256, 512), LAST_TWO, 4, jnp.float32, jnp.float32),  # no whole tile of rows
         (_pallas_tpu, (200, 512), LAST_TWO, 8, jnp.float32, jnp.float32),  # nor of columns
         (_pallas_tpu, (16384, 16384), LAST_TWO, 256, jnp.float32, jnp.float32),  # P has no room
-        (_pallas_gpu, (256, 512), LAST_TWO, 24, jnp.float32, jnp.float32),  # no whole blocks
-        (_pallas_gpu, (200, 512), LAST_TWO, 16, jnp.float32, jnp.float32),
-        (_pallas_gpu, (256, 520), LAST_TWO, 16, jnp.float32, jnp.float32),
-        (_pallas_gpu, (2048, 2048), LAST_TWO, 1040, jnp.float32, jnp.float32),  # R has no room
         *(
             (kernels, *unsuited)
-            for kernels in (_pallas_tpu, _pallas_gpu)
+            for kernels in (_pallas_tpu,)
             for unsuited in (
                 ((256, 512), LAST_TWO, 16, jnp.float16, jnp.float32),
                 ((256, 512), LAST_TWO, 16, jnp.float32, jnp.bfloat16),
@@ -107,9 +98,6 @@ def test_its_cost_is_every_block_once():
     assert cost.flops == 2 * (2 * 8 * 256 * 512 + 2 * 256 * 512)
 
 
-KERNELS = {"tpu": pallas_tpu, "cuda": pallas_gpu}
-
-
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chip's kernels run on this machine too."""
     interpreted = functools.partial(_pallas.project, interpret=True)
@@ -123,8 +111,7 @@ def has_kernel(function: Any, *args: Any) -> bool:
 @pytest.mark.parametrize(
     ("granularity", "shape"), [("channel", (2, 304, 128)), ("tensor", (128, 304))]
 )
-@pytest.mark.parametrize("platform", KERNELS)
-def test_training_with_it_is_training_without(platform, granularity, shape, monkeypatch):
+def test_training_with_it_is_training_without(granularity, shape, monkeypatch):
     grads = [{"w": jax.random.normal(jax.random.key(n), shape)} for n in range(4)]
 
     def train(implementation: Any):
@@ -139,23 +126,21 @@ def test_training_with_it_is_training_without(platform, granularity, shape, monk
     expected = train(None)
     interpret(monkeypatch)
     for found, wanted in zip(
-        jax.tree.leaves(train(KERNELS[platform])), jax.tree.leaves(expected), strict=True
+        jax.tree.leaves(train(pallas_tpu)), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
-def test_a_chip_gets_its_kernel(platform, call):
+def test_a_chip_gets_its_kernel():
     params = {"w": jax.ShapeDtypeStruct((128, 256), jnp.float32)}
-    tx = scale_by_apollo(rank=16, implementation=KERNELS[platform])
+    tx = scale_by_apollo(rank=16, implementation=pallas_tpu)
     traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
-    assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-@pytest.mark.parametrize("platform", KERNELS)
-def test_on_another_platform_jax_refuses_it(platform):
+def test_on_another_platform_jax_refuses_it():
     params = {"w": jnp.ones((128, 256))}
-    tx = scale_by_apollo(rank=16, implementation=KERNELS[platform])
+    tx = scale_by_apollo(rank=16, implementation=pallas_tpu)
     with pytest.raises(ValueError, match=r"(?i)interpret mode"):
         jax.jit(tx.update)(params, tx.init(params))
 
@@ -179,7 +164,7 @@ def test_a_kernel_that_the_compiler_would_have_to_divide_is_refused(monkeypatch)
     interpret(monkeypatch)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     params = {"w": jnp.ones((128, 256))}
-    tx = scale_by_apollo(rank=16, implementation=pallas_gpu)
+    tx = scale_by_apollo(rank=16, implementation=pallas_tpu)
     state = tx.init(params)
 
     def update(grads: Any, state: Any) -> Any:

@@ -1,7 +1,7 @@
 """Reads a gradient once for its projection, its norms and the moments, by a chip's own kernel.
 
-XLA makes two programs of projection and norms, and each reads the gradient. `_pallas_tpu` and
-`_pallas_gpu` have the kernels; here is what they have in common.
+XLA makes two programs of projection and norms, and each reads the gradient. `_pallas_tpu` has the
+kernel of TPUs; here is what does not depend on the chip.
 """
 
 import math
@@ -18,7 +18,7 @@ from apollo_optax._leaves import Hyperparameters
 from apollo_optax._limiter import NORM_EPS
 from apollo_optax._matrices import MatrixAxes
 from apollo_optax._placement import compiler_divides_arrays
-from apollo_optax.experimental import _pallas_gpu, _pallas_tpu
+from apollo_optax.experimental import _pallas_tpu
 from apollo_optax.experimental._program import Program, Sizes
 
 
@@ -66,32 +66,6 @@ def pallas_tpu(
       >>> tx = apollo(0.01, rank=128, implementation=pallas_tpu)
     """
     return _fused(_pallas_tpu, P, G, mu, nu, axes, hyper, granularity)
-
-
-def pallas_gpu(
-    P: Float[Array, "*batch rank dim"],
-    G: Float[Array, "*leaf"],
-    mu: Float[Array, "*moments"],
-    nu: Float[Array, "*moments"],
-    axes: MatrixAxes,
-    hyper: Hyperparameters,
-    granularity: Granularity,
-) -> tuple[Array, Array, Array, Array]:
-    """The kernel of NVIDIA's GPUs, by Triton, to pass as `implementation`.
-
-    It takes matrices on the last two axes in float32 or bfloat16, float32 moments, a rank of 1 or a
-    multiple of 16, sides that are multiples of 16, and "channel" or "tensor". It runs on one
-    device, or within `jax.shard_map` with `check_vma=False`: XLA cannot divide a kernel.
-
-    Raises:
-      NotImplementedError: For anything else, naming what it is.
-
-    Example:
-      >>> from apollo_optax import apollo_mini
-      >>> from apollo_optax.experimental import pallas_gpu
-      >>> tx = apollo_mini(0.01, implementation=pallas_gpu)
-    """
-    return _fused(_pallas_gpu, P, G, mu, nu, axes, hyper, granularity)
 
 
 def _fused(

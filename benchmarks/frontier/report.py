@@ -1,0 +1,141 @@
+"""The frontier's table and picture, of the pairs that are complete.
+
+    python -m benchmarks.frontier.report
+
+Writes `docs/images/frontier.png`. The table is written by `python -m benchmarks.tables`.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from benchmarks.frontier.pairs import PAIRS, Pair
+from benchmarks.frontier.rules import HIDDEN, VOCABULARY
+from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of
+from benchmarks.frontier.training import Trial
+from benchmarks.rows import RESULTS, Row, read_rows
+
+__all__ = ["Result", "results_of", "table"]
+
+IMAGE = Path(__file__).parents[2] / "docs" / "images" / "frontier.png"
+_WIDTH, _HEIGHT = 8.0, 5.0
+# In points, where labels would lie on each other or beyond the edge.
+_LABEL_OFFSETS = {
+    ("adam", "adam"): (-44, 8),
+    ("muon", "adam"): (-34, -14),
+    ("apollo_quarter", "adam"): (-70, 8),
+    ("apollo_mini", "adam"): (-60, 8),
+    ("apollo_quarter", "factored"): (-90, 10),
+}
+
+
+class Result(NamedTuple):
+    """A pair of rules at the best of its rates.
+
+    Attributes:
+      pair: Which.
+      trial: The best of its sweep.
+      losses: Validation losses of the seeds, nats a token.
+      state_bytes: Of the optimizer's state.
+      over_adamw: The same over that of AdamW.
+    """
+
+    pair: Pair
+    trial: Trial
+    losses: tuple[float, ...]
+    state_bytes: int
+    over_adamw: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds."""
+        return statistics.stdev(self.losses)
+
+
+def results_of(rows: Sequence[Row], setting: str = "1m") -> list[Result]:
+    """The pairs that are complete, the lowest loss first."""
+    state = {tuple(row[field] for field in Pair._fields): row["state_bytes"] for row in rows}
+    results = []
+    for pair in PAIRS:
+        losses = rows_of(rows, pair)
+        if pair.setting != setting or not losses or next_trials(pair, losses):
+            continue
+        best = best_trial(losses)
+        of_seeds = tuple(losses[best._replace(seed=seed)] for seed in SEEDS)
+        over = state[pair] / state[Pair(setting, "adam", "adam")]
+        results.append(Result(pair, best, of_seeds, state[pair], over))
+    return sorted(results, key=lambda result: result.mean)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Every complete pair at its best rates, in Markdown."""
+    lines = [
+        "| matrices | vocabulary | learning rates: matrices, vocabulary, norms | validation loss "
+        "| state | of AdamW's |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for result in results_of(rows):
+        _, hidden, vocabulary = result.pair
+        cells = [
+            HIDDEN[hidden].label,
+            VOCABULARY[vocabulary].label,
+            ", ".join(f"{rate:.2g}" for rate in result.trial[:3]),
+            f"{result.mean:.3f} ± {result.deviation:.3f}",
+            f"{result.state_bytes / 1e6:.2f} MB",
+            f"{result.over_adamw:.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _draw(results: Sequence[Result], path: Path) -> None:
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    for result in results:
+        _, hidden, vocabulary = result.pair
+        is_small = vocabulary != "adam"
+        color = {"apollo": "C0", "whitened": "C2", "muon": "C1"}.get(hidden.split("_")[0], "C7")
+        percent = 100 * result.over_adamw
+        axes.errorbar(
+            percent,
+            result.mean,
+            yerr=result.deviation,
+            fmt="s" if is_small else "o",
+            color=color,
+            capsize=3,
+        )
+        label = HIDDEN[hidden].label
+        if is_small:
+            label += f"\nvocabulary: {VOCABULARY[vocabulary].label}"
+        axes.annotate(
+            label,
+            (percent, result.mean),
+            xytext=_LABEL_OFFSETS.get((hidden, vocabulary), (7, 3)),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.set(
+        xscale="log",
+        xlim=(0.1, 200),
+        xlabel="optimizer state, % of AdamW's (squares: a small rule for the vocabulary)",
+        ylabel="validation loss, nats a token",
+    )
+    axes.margins(y=0.1)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def main() -> None:
+    """Draws the picture."""
+    _draw(results_of(read_rows(RESULTS / "frontier.json")), IMAGE)
+
+
+if __name__ == "__main__":
+    main()
