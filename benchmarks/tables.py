@@ -29,6 +29,7 @@ from benchmarks import (
     quantized_training,
     scaling,
     smallest_slice,
+    state_sizes,
     step_time,
 )
 from benchmarks.convergence import report as convergence
@@ -66,6 +67,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "scaling": scaling.table,
     "scaling_ranks": scaling.rank_table,
     "smallest_slice": smallest_slice.table,
+    "state_sizes": state_sizes.table,
     "step_time": step_time.table,
 }
 # A table has its benchmark's name, but where one has several.

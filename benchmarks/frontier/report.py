@@ -22,14 +22,16 @@ __all__ = ["Result", "results_of", "table"]
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "frontier.png"
 _WIDTH, _HEIGHT = 8.0, 5.0
-# In points, where labels would lie on each other or beyond the edge.
-_LABEL_OFFSETS = {
-    ("adam", "adam"): (-44, 8),
-    ("muon", "adam"): (-34, -14),
-    ("apollo_quarter", "adam"): (-70, 8),
-    ("apollo_mini", "adam"): (-60, 8),
-    ("apollo_quarter", "factored"): (-90, 10),
+_COLORS = {"apollo": "C0", "whitened": "C2", "muon": "C1"}
+# What the picture shows of the vocabulary's rules, and how it calls them.
+_SHOWN = {
+    "adam": "",
+    "factored": ", vocabulary factored",
+    "head_factored_momentum": ", vocabulary factored,\nhead with momentum",
+    "factored_momentum": ", vocabulary factored\nwith momentum",
 }
+# Labels that would go beyond the edge on the right of their point.
+_ON_THE_LEFT = {"adam", "muon"}
 
 
 class Result(NamedTuple):
@@ -101,31 +103,30 @@ def _draw(results: Sequence[Result], path: Path) -> None:
     axes = figure.subplots()
     for result in results:
         _, hidden, vocabulary = result.pair
-        is_small = vocabulary != "adam"
-        color = {"apollo": "C0", "whitened": "C2", "muon": "C1"}.get(hidden.split("_")[0], "C7")
-        percent = 100 * result.over_adamw
+        if vocabulary not in _SHOWN:
+            continue
+        percent, is_left = 100 * result.over_adamw, hidden in _ON_THE_LEFT
         axes.errorbar(
             percent,
             result.mean,
             yerr=result.deviation,
-            fmt="s" if is_small else "o",
-            color=color,
+            fmt="o" if vocabulary == "adam" else "s",
+            color=_COLORS.get(hidden.split("_")[0], "C7"),
             capsize=3,
         )
-        label = HIDDEN[hidden].label
-        if is_small:
-            label += f"\nvocabulary: {VOCABULARY[vocabulary].label}"
         axes.annotate(
-            label,
+            HIDDEN[hidden].label + _SHOWN[vocabulary],
             (percent, result.mean),
-            xytext=_LABEL_OFFSETS.get((hidden, vocabulary), (7, 3)),
+            xytext=(-7, 0) if is_left else (7, 0),
             textcoords="offset points",
-            fontsize=7,
+            ha="right" if is_left else "left",
+            va="center",
+            fontsize=8,
         )
     axes.set(
         xscale="log",
-        xlim=(0.1, 200),
-        xlabel="optimizer state, % of AdamW's (squares: a small rule for the vocabulary)",
+        xlim=(0.1, 400),
+        xlabel="optimizer state, % of AdamW's",
         ylabel="validation loss, nats a token",
     )
     axes.margins(y=0.1)

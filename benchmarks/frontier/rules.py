@@ -250,10 +250,8 @@ HIDDEN: Mapping[str, Rule] = {
     "apollo_quarter": Rule("APOLLO, r = 1/4", _apollo(lambda width: width // 4), 2e-2),
     "apollo_eighth": Rule("APOLLO, r = 1/8", _apollo(_eighth), 4e-2),
     "apollo_mini": Rule("APOLLO-Mini", _mini, 4e-2),
-    "whitened": Rule("SWAN without the mean (`swan`)", _stateless(_whitened), 4e-3),
-    "swan": Rule(
-        "SWAN, the mean of each output taken off", _stateless(_standardized_and_whitened), 4e-3
-    ),
+    "whitened": Rule("SWAN", _stateless(_whitened), 4e-3),
+    "swan": Rule("SWAN, with the mean taken off", _stateless(_standardized_and_whitened), 4e-3),
     "orthogonalized": Rule("orthogonalized gradient", _stateless(_orthogonalized), 4e-3),
     "sinkhorn": Rule("SinkGD", _stateless(_sinkhorn), 4e-3),
     "neuron": Rule("SCALE", _stateless(lambda g: g / _rms(g, -2)), 4e-3),

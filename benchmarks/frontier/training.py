@@ -140,7 +140,7 @@ def state_bytes(setting: Setting, hidden: str, vocabulary: str) -> int:
 
 
 def _windows(tokens: Int[Array, " tokens"], starts: Int[Array, " batch"]) -> Int[Array, "batch n"]:
-    return tokens[starts[:, None] * SEQUENCE_LENGTH + jnp.arange(SEQUENCE_LENGTH + 1)].astype(
+    return tokens[starts[:, None] * SEQUENCE_LENGTH + jnp.arange(SEQUENCE_LENGTH + 1)[None]].astype(
         jnp.int32
     )
 

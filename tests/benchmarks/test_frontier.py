@@ -1,0 +1,137 @@
+"""The frontier's search, its rules against the package's, and the text's figures."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import apollo_optax
+from benchmarks import state_sizes
+from benchmarks.frontier import training
+from benchmarks.frontier.pairs import PAIRS, Pair
+from benchmarks.frontier.report import results_of
+from benchmarks.frontier.rules import HIDDEN, VOCABULARY
+from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of
+from benchmarks.frontier.training import LANES, Setting, Texts, Trial
+from benchmarks.rows import RESULTS, read_rows
+from examples.llama.optimizers import DEFAULT_LEARNING_RATES, SWAN_VOCABULARY_FACTOR
+
+PAIR = Pair("1m", "whitened", "factored")
+ROWS = read_rows(RESULTS / "frontier.json")
+
+
+def test_a_sweep_ends_at_the_best_rates_with_worse_ones_on_all_sides_and_then_takes_seeds():
+    best = Trial(0.016, 0.0075, 0.0011)
+
+    def loss_of(trial: Trial) -> float:
+        return sum(math.log(a / b) ** 2 for a, b in zip(trial[:3], best[:3], strict=True))
+
+    losses: dict[Trial, float] = {}
+    while trials := next_trials(PAIR, losses):
+        assert len(trials) <= LANES
+        assert not set(trials) & set(losses)
+        losses |= {trial: loss_of(trial) for trial in trials}
+    found = best_trial(losses)
+    np.testing.assert_allclose(found[:3], best[:3], rtol=0.02)
+    assert {t.seed for t in losses if t[:3] == found[:3]} == set(SEEDS)
+    for axis, name in enumerate(Trial._fields[:3]):
+        along = [t for t in losses if all(t[i] == found[i] for i in range(3) if i != axis)]
+        rates = [getattr(t, name) for t in along]
+        assert min(rates) < found[axis] < max(rates)
+
+
+def test_every_pair_is_of_rules_that_exist_and_named_once():
+    assert len(set(PAIRS)) == len(PAIRS)
+    for pair in PAIRS:
+        assert pair.setting in training.SETTINGS
+        assert pair.hidden in HIDDEN
+        assert pair.vocabulary in VOCABULARY
+
+
+def test_a_diverged_trial_is_never_the_best():
+    diverged = {**dict(zip(Pair._fields, PAIR, strict=True)), **Trial(1, 1, 1)._asdict()}
+    trained = diverged | Trial(1, 2, 1)._asdict() | {"validation_loss": 9.0}
+    losses = rows_of([diverged | {"validation_loss": None}, trained], PAIR)
+    assert best_trial(losses) == Trial(1, 2, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 344), (2, 344, 128)])
+def test_the_whitened_gradient_is_the_packages(shape):
+    g = {"w": jax.random.normal(jax.random.key(0), shape)}
+    rule = HIDDEN["whitened"].make(128, 0)
+    numbers = apollo_optax.ApolloDimensionNumbers(-2, -1)
+    tx = apollo_optax.scale_by_swan(weight_dimension_numbers=numbers)
+    expected, found = (t.update(g, t.init(g), g)[0]["w"] for t in (rule, tx))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_factored_second_moment_is_the_packages():
+    params = {"embed": jnp.zeros((256, 128)), "lm_head": jnp.zeros((128, 256))}
+    rule = VOCABULARY["factored"].make(128, 0)
+    tx = apollo_optax.scale_by_apollo(
+        vocabulary="factored", weight_dimension_numbers=dict.fromkeys(params)
+    )
+    states = [t.init(params) for t in (rule, tx)]
+    for seed in range(3):
+        keys = dict(zip(params, jax.random.split(jax.random.key(seed)), strict=True))
+        g = {name: jax.random.normal(keys[name], p.shape) for name, p in params.items()}
+        (expected, states[0]), (found, states[1]) = (
+            t.update(g, s, params) for t, s in zip((rule, tx), states, strict=True)
+        )
+        for name in params:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hidden", "vocabulary"), [("whitened", "factored"), ("muon", "adam")])
+def test_models_side_by_side_are_trained_as_alone(hidden, vocabulary, monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, 1024, 9000).astype(np.uint16)
+    texts, setting = Texts(tokens, tokens), Setting("", width=32, layers=1, steps=3, sequences=2)
+    trials = [Trial(0.004, 0.03, 0.01), Trial(0.04, 0.1, 0.02, 1), Trial(0.004, 0.03, 0.01, 1)]
+    alone = training.train(setting, hidden, vocabulary, trials, texts)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    together = training.train(setting, hidden, vocabulary, trials, texts)
+    np.testing.assert_allclose(np.array(together, float), np.array(alone, float), rtol=1e-5)
+    assert len(set(alone)) == 3
+
+
+def test_texts_are_written_for_another_machine_and_read_there(tmp_path):
+    file = tmp_path / "tokens.npz"
+    np.savez(file, train=np.arange(5), validation=np.arange(3))
+    found = training.load_texts(Path(file))
+    np.testing.assert_array_equal(found.train, np.arange(5))
+    np.testing.assert_array_equal(found.validation, np.arange(3))
+
+
+def test_what_the_page_says_of_the_frontier_holds():
+    found = {result.pair[1:]: result for result in results_of(ROWS)}
+    adamw, muon = found["adam", "adam"], found["muon", "adam"]
+    smallest = found["whitened", "factored"]
+    assert smallest.over_adamw < 0.0025
+    assert smallest.mean < adamw.mean
+    with_momentum = found["whitened", "head_factored_momentum"]
+    assert with_momentum.over_adamw < 0.03
+    assert with_momentum.mean < muon.mean + 0.03
+    for name, cost in {"apollo_quarter": 0.05, "apollo_mini": 0.045}.items():
+        change = found[name, "factored"].mean - found[name, "adam"].mean
+        assert change == pytest.approx(cost, abs=0.003)
+    assert found["apollo_quarter", "adam"].mean - adamw.mean == pytest.approx(0.05, abs=0.005)
+    assert found["apollo_mini", "adam"].mean - adamw.mean == pytest.approx(0.17, abs=0.005)
+    assert all(len(result.losses) == len(SEEDS) for result in found.values())
+
+
+def test_the_trainers_rates_of_swan_are_the_best_of_the_sweep():
+    best = next(result.trial for result in results_of(ROWS) if result.pair == PAIR)
+    assert DEFAULT_LEARNING_RATES["swan"] == best.hidden_rate
+    assert DEFAULT_LEARNING_RATES["swan"] * SWAN_VOCABULARY_FACTOR == best.vocabulary_rate
+
+
+@pytest.mark.filterwarnings("ignore:rank=:UserWarning")
+def test_state_of_real_models_is_what_describe_says():
+    rows = read_rows(state_sizes.OUTPUT)
+    for row in rows:
+        del row["machine"]
+    assert rows == state_sizes.measure()
