@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,19 +96,18 @@ def test_figures_of_the_update_in_the_text_are_those_of_the_results() -> None:
     traffic = json.loads((RESULTS / "hbm_traffic.json").read_text(encoding="utf-8"))["rows"]
     words = {(row["optimizer"], row["dtype"], row["target"]): row["hbm_words"] for row in traffic}
     mini, adamw = (words[name, "float32", "tpu-v5e"] for name in ("APOLLO-Mini", "AdamW"))
-    readme = words_of(ROOT / "README.md")
-    assert f"APOLLO-Mini takes {over_adamw:.2f} of `optax.adamw`'s time" in readme
-    assert f"moves {mini:.1f} words of memory a parameter where AdamW moves {adamw:g}." in readme
+    page = words_of(DOCS / "benchmarks.md")
+    assert f"APOLLO-Mini takes {over_adamw:.2f} of `optax.adamw`'s time" in page
+    assert f"moves {mini:.1f} words of memory a parameter where AdamW moves {adamw:g}." in page
     stacked, apart = (
         row["compiler_words"]
         for name in ("APOLLO-Mini", "APOLLO-Mini, layers apart")
         for row in traffic
         if (row["optimizer"], row["dtype"], row["target"]) == (name, "float32", "tpu-v5e")
     )
-    assert f"is {stacked:.1f} with stacked layers and {apart:.1f} with layers apart" in readme
+    assert f"is {stacked:.1f} with stacked layers and {apart:.1f} with layers apart" in page
     names = ("APOLLO, r = 256", "APOLLO, r = 256, kernel", "AdamW")
     plain, kernel, adamw = (words[name, "bfloat16", "tpu-v5e"] for name in names)
-    page = words_of(DOCS / "benchmarks.md")
     assert (
         f"In bfloat16 plain code moves {1 - plain / adamw:.0%} less than AdamW at r = 256" in page
     )
@@ -123,5 +123,27 @@ def test_figures_of_the_micro_batch_in_the_text_are_those_of_the_results() -> No
         if (row["optimizer"], row["update"], row["moments"], row["sequence"]) == cell
     )
     peak, capacity = (f"{row[key] / 2**30:.2f}" for key in ("peak_bytes", "capacity_bytes"))
+    page = words_of(DOCS / "benchmarks.md")
+    assert f"AdamW's ordinary step needs {peak} of the {capacity} GiB" in page
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    def rows(name: str) -> list[Any]:
+        return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
     readme = words_of(ROOT / "README.md")
-    assert f"AdamW's ordinary step needs {peak} of the {capacity} GiB" in readme
+    state = {
+        row["optimizer"]: row["state_bytes"]
+        for row in rows("state_sizes")
+        if row["model"] == "LLaMA 7B"
+    }
+    assert f"{state['AdamW'] / 1e9:.0f} GB for LLaMA-7B in float32" in readme
+    small = state["APOLLO-Mini, vocabulary factored"]
+    assert f"APOLLO-Mini with a factored vocabulary keeps {small / 1e6:.0f} MB" in readme
+    (peak,) = (
+        row["peak_bytes"]
+        for row in rows("peak_memory")
+        if (row["target"], row["weights"], row["sequence"], row["project_embeddings"])
+        == ("a100-80gb", "int8", 256, True)
+    )
+    assert f"LLaMA-7B in {peak / 2**30:.1f} GiB" in readme

@@ -7,7 +7,7 @@
 
 Adds its rows to `results/frontier.json` as they come, a row a trial; what has a row is not run
 again. `--texts FILE` keeps the tokens, so that another machine trains on the same text; `--minutes`
-bounds the time. On one H100 all of it takes ten minutes.
+bounds the time. Eleven pairs of the smallest setting took nine minutes on an H200.
 """
 
 import argparse
