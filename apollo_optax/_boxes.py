@@ -36,11 +36,12 @@ def with_axis_names(state: Any, params: PyTree, axes: dict[Path, MatrixAxes | No
     """
     named, _ = named_leaves(params, is_leaf=lambda node: bool(_names_of(node)))
     boxes = {path: box for path, box in named if path in axes and _names_of(box)}
+    nu = dict(named_leaves(state.nu)[0])
 
     def boxed(field: str) -> PyTree:
         named, treedef = named_leaves(getattr(state, field))
         return treedef.unflatten(
-            _box(boxes[path], leaf, field, axes[path]) if path in boxes else leaf
+            _box(boxes[path], leaf, field, axes[path], nu[path]) if path in boxes else leaf
             for path, leaf in named
         )
 
@@ -58,13 +59,14 @@ def _names_of(node: Any) -> dict[str, Names | PartitionSpec]:
     return {key: names for key, names in held.items() if isinstance(names, tuple | PartitionSpec)}
 
 
-def _box(box: Any, leaf: Array, field: str, axes: MatrixAxes | None) -> Any:
+def _box(box: Any, leaf: Array, field: str, axes: MatrixAxes | None, nu: Array) -> Any:
     (parameter,) = jax.tree.leaves(box)
     named = {}
     for key, names in _names_of(box).items():
         padded = (*names, *[None] * (jnp.ndim(parameter) - len(names)))
         if axes is None:
-            of_field = _names_of_other(padded, jnp.shape(parameter), jnp.shape(leaf), field)
+            is_factored = nu.ndim < jnp.ndim(parameter)
+            of_field = _names_of_other(padded, field, is_factored, leaf.ndim == len(padded))
         elif field in ("mu", "nu"):
             is_of_mesh = key != "names" and _are_of_mesh_that_is_set(padded)
             rule = _names_by_counts if is_of_mesh else _names_by_sizes
@@ -76,18 +78,12 @@ def _box(box: Any, leaf: Array, field: str, axes: MatrixAxes | None) -> Any:
     return box.replace(value=leaf, **named)
 
 
-def _names_of_other(
-    names: Names, shape: tuple[int, ...], kept: tuple[int, ...], field: str
-) -> Names:
+def _names_of_other(names: Names, field: str, is_factored: bool, is_whole: bool) -> Names:
     """Those of a leaf that is not a matrix: moments, factors of the second, or placeholders."""
-    if field in ("mu", "nu") and kept == shape:
+    if field in ("mu", "nu") and is_whole:
         return names
-    if field == "nu":
-        return names[:-1]
-    if field == "mu":
-        return names[:-2]
-    if len(shape) > 1 and kept == (*shape[:-2], shape[-1]):
-        return (*names[:-2], names[-1])
+    if is_factored and field in ("mu", "nu", "norm"):
+        return {"mu": names[:-2], "nu": names[:-1], "norm": (*names[:-2], names[-1])}[field]
     return names[: int(len(names) > 1)]
 
 

@@ -19,10 +19,16 @@ def asked(config: PlanConfig) -> Row:
 
 
 def find_row(rows: Iterable[Row], config: PlanConfig) -> Row | None:
-    """The row that answers `config`; None if there is none."""
+    """The row that answers `config`; None if there is none.
+
+    A row from before there was a flag has the flag's default.
+    """
     question = asked(config).items()
+    defaults = asked(PlanConfig())
     for row in rows:
-        if question <= row.items() and (not config.largest_batch or "largest_batch" in row):
+        if question <= (defaults | row).items() and (
+            not config.largest_batch or "largest_batch" in row
+        ):
             return row
     return None
 

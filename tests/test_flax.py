@@ -166,6 +166,23 @@ def test_the_state_of_a_boxed_parameter_has_the_names_of_its_axes(
     assert spec_of(state.projection["w"]) == P(*projection)
 
 
+@pytest.mark.parametrize("kind", ["nnx", "partitioned", "logical"])
+@pytest.mark.parametrize("shape", [(256, 128), (128, 128)])
+@pytest.mark.parametrize("rule", ["adam", "factored", "factored_momentum"])
+def test_the_state_of_a_boxed_table_has_the_names_of_its_rows_and_columns(kind, shape, rule):
+    names = ("vocabulary", "embed")
+    params = {"w": in_a_box(kind, jnp.ones(shape), names)}
+    state = scale_by_apollo(4, vocabulary=rule, weight_dimension_numbers={"w": None}).init(params)
+    expected = {
+        "adam": (names, names, names[:1]),
+        "factored": ((), names[:1], names[1:]),
+        "factored_momentum": (names, names[:1], names[1:]),
+    }[rule]
+    found = tuple(spec_of(tree["w"]) for tree in (state.mu, state.nu, state.norm))
+    # Logical names are those of the mesh by their rules.
+    assert found == tuple(P(*of_field) for of_field in expected)
+
+
 def test_a_sharding_of_the_optimizer_state_alone_is_followed():
     param = nnx.Param(
         jnp.ones((8, 32)), out_sharding=(), optimizer_sharding=P(None, "fsdp"), eager_sharding=False

@@ -24,6 +24,7 @@ __all__ = [
     "OptimizerName",
     "OptimizerSettings",
     "ProjectionName",
+    "VocabularyName",
     "decayed_leaves",
     "learning_rate_schedule",
     "make_optimizer",

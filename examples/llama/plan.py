@@ -22,6 +22,7 @@ from examples.llama.optimizers import (
     DEFAULT_LEARNING_RATES,
     OptimizerName,
     OptimizerSettings,
+    VocabularyName,
 )
 from examples.llama.options import ModelName, RunSettings, Weights
 from examples.llama.run import Run, abstract_state, abstract_tokens, placed_step
@@ -56,6 +57,7 @@ class PlanConfig:
       sequence: Tokens a sequence.
       remat: Recompute activations in the backward pass; layerwise always does.
       rank: Rows of the projection; for apollo and galore.
+      vocabulary: The rule of embedding and head; for apollo, apollo_mini and swan.
       project_embeddings: Treat embedding and head as the other matrices, instead of training them
         with Adam.
       largest_batch: Find the largest batch a device that fits, too.
@@ -73,6 +75,7 @@ class PlanConfig:
     sequence: int = 256
     remat: bool = False
     rank: int | None = None
+    vocabulary: VocabularyName = "adam"
     project_embeddings: bool = False
     largest_batch: bool = False
     json: bool = False
@@ -180,7 +183,7 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
             DEFAULT_LEARNING_RATES[config.optimizer],
             _STEPS,
             rank=config.rank or (preset.rank if preset else max(1, shape.hidden_size // 4)),
-            vocabulary="factored" if config.optimizer == "swan" else "adam",
+            vocabulary=config.vocabulary,
             project_embeddings=config.project_embeddings,
         ),
         weights=config.weights,
