@@ -252,9 +252,10 @@ def swan(
     `chain(scale_by_swan, add_decayed_weights, scale_by_learning_rate)`. By the default rule of the
     vocabulary too, the optimizer state of a transformer is about a five-hundredth of AdamW's.
 
-    Updates of matrices and of the vocabulary have entries of size about 1, without a momentum that
-    would average them: `learning_rate` is about that of AdamW, `vocabulary_learning_rate` ten to a
-    hundred times as large. Other arguments, result and errors are those of `apollo`.
+    Updates have entries of size about 1, without a momentum that would average them:
+    `learning_rate` is about that of AdamW. The vocabulary and the norms gain from higher rates of
+    their own, `vocabulary_learning_rate` and `adam_learning_rate`. Other arguments,
+    result and errors are those of `apollo`.
 
     References:
       Ma et al., SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training, ICML
@@ -264,7 +265,7 @@ def swan(
       >>> import jax.numpy as jnp
       >>> from apollo_optax import describe, swan
       >>> params = {"embed": jnp.ones((1024, 128)), "mlp": {"kernel": jnp.ones((128, 344))}}
-      >>> tx = swan(0.004, vocabulary_learning_rate=0.24)
+      >>> tx = swan(0.004, vocabulary_learning_rate=0.016)
       >>> print(describe(params, tx))
       parameter        shape        numbers of state  bytes  over AdamW's
       embed            (1024, 128)             1,153  4,612        0.0044

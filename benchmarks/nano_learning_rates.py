@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.nano import train_nano
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
@@ -41,15 +42,48 @@ _WARMUPS: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
         (2e-2, 4.0, 0.5),
     ],
 }
-# (optimizer, sequences a step, steps, learning rate, alpha, part of the steps for warm-up)
-GRID: list[tuple[optimizers.OptimizerName, int, int, float, float, float]] = [
+# Of SWAN's matrices, and by how much that of the vocabulary is higher.
+_SWAN_RATES, _SWAN_VOCABULARY = (2e-3, 4e-3, 8e-3), (1, 4, 8, 15)
+
+
+def _settings(
+    name: optimizers.OptimizerName,
+    steps: int,
+    learning_rate: float,
+    alpha: float,
+    warmup_fraction: float,
+    **others: Any,
+) -> optimizers.OptimizerSettings:
+    return optimizers.OptimizerSettings(
+        name,
+        learning_rate,
+        steps,
+        warmup_fraction,
+        alpha=alpha,
+        rank=PRESETS["nano"].rank,
+        **others,
+    )
+
+
+def _swan(learning_rate: float, factor: float) -> optimizers.OptimizerSettings:
+    vocabulary = {
+        "vocabulary": "factored",
+        "vocabulary_learning_rate": float(f"{factor * learning_rate:.3g}"),
+    }
+    return _settings("swan", STEPS, learning_rate, 1.0, WARMUP_FRACTION, **vocabulary)
+
+
+# Settings and sequences a step.
+GRID: list[tuple[optimizers.OptimizerSettings, int]] = [
     *(
-        (name, SEQUENCES, STEPS, rate, _ALPHAS[name], WARMUP_FRACTION)
+        (_settings(name, STEPS, rate, _ALPHAS[name], WARMUP_FRACTION), SEQUENCES)
         for name, rates in _RATES.items()
         for rate in rates
     ),
+    *((_swan(rate, 1), SEQUENCES) for rate in _SWAN_RATES),
+    *((_swan(4e-3, factor), SEQUENCES) for factor in _SWAN_VOCABULARY[1:]),
     *(
-        (name, _WARMUP_SEQUENCES, _WARMUP_STEPS, *setting)
+        (_settings(name, _WARMUP_STEPS, *setting), _WARMUP_SEQUENCES)
         for name, settings in _WARMUPS.items()
         for setting in settings
     ),
@@ -79,6 +113,12 @@ def table(rows: Sequence[Row]) -> str:
             f"| {label} | {rate:g} | {_scale(name, alpha)} | {losses[rate, alpha]:.3f} |"
             for rate, alpha in sorted(losses)
         ]
+    for row in sorted(
+        (row for row in of_steps if row["name"] == "swan"),
+        key=lambda row: (row["learning_rate"], row["vocabulary_learning_rate"]),
+    ):
+        rates = f"{row['learning_rate']:g}, vocabulary {row['vocabulary_learning_rate']:g}"
+        lines.append(f"| SWAN | {rates} |  | {row['validation_loss']:.3f} |")
     return "\n".join(lines)
 
 
@@ -110,25 +150,17 @@ def _scale(name: str, alpha: float) -> str:
 def main() -> None:
     """Trains the settings asked for that have no row yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizer", choices=[*GRID])
+    parser.add_argument("--optimizer", choices=sorted({settings.name for settings, _ in GRID}))
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--warmup-fraction", type=float, default=WARMUP_FRACTION)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    grid = [setting for setting in GRID if options.optimizer in (None, setting[0])]
+    grid = [one for one in GRID if options.optimizer in (None, one[0].name)]
     if options.learning_rate is not None:
-        setting = (options.learning_rate, options.alpha, options.warmup_fraction)
-        grid = [(options.optimizer, SEQUENCES, options.steps, *setting)]
-    for name, sequences, steps, learning_rate, alpha, warmup_fraction in grid:
-        settings = optimizers.OptimizerSettings(
-            name,
-            learning_rate,
-            steps,
-            warmup_fraction,
-            alpha=alpha,
-            rank=PRESETS["nano"].rank,
-        )
+        asked = (options.learning_rate, options.alpha, options.warmup_fraction)
+        grid = [(_settings(options.optimizer, options.steps, *asked), SEQUENCES)]
+    for settings, sequences in grid:
         row = dataclasses.asdict(settings) | {"sequences": sequences}
         if any(_same_setting(row, done) for done in read_rows(OUTPUT)):
             continue
@@ -136,10 +168,14 @@ def main() -> None:
         training = standard_training(
             MODELS["nano"], tx, dtype="float32", micro_batches=sequences // 8
         )
-        row["validation_loss"] = train_nano(training, steps, sequences)["validation_loss"]
+        row["validation_loss"] = train_nano(training, settings.total_steps, sequences)[
+            "validation_loss"
+        ]
         add_row(OUTPUT, "python -m benchmarks.nano_learning_rates", row)
         print(
-            f"{name} {learning_rate:g} alpha {alpha:.3g}: {row['validation_loss']:.4f}", flush=True
+            f"{settings.name} {settings.learning_rate:g} alpha {settings.alpha:.3g}: "
+            f"{row['validation_loss']:.4f}",
+            flush=True,
         )
 
 

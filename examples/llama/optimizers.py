@@ -20,7 +20,6 @@ __all__ = [
     "LEFT_OPEN",
     "OPTIMIZERS",
     "OPTIONS_OF",
-    "SWAN_VOCABULARY_FACTOR",
     "OptimizerName",
     "OptimizerSettings",
     "ProjectionName",
@@ -50,12 +49,8 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
 }
 """Peak learning rates of small models. AdamW, APOLLO and APOLLO-Mini have the best of `nano`, in
 `benchmarks/results/nano_learning_rates.json`; of rates within 0.001 nats, the smaller. SWAN has
-that of `benchmarks/results/frontier.json`, the others those of
+that of its matrices in `benchmarks/results/frontier.json`, the others those of
 `benchmarks/results/convergence.json`."""
-
-SWAN_VOCABULARY_FACTOR = 60
-"""The learning rate of the vocabulary over that of the matrices, of SWAN with its factored rule, as
-in `benchmarks/results/frontier.json`."""
 
 FINE_TUNING_LEARNING_RATES: dict[str, float] = {
     name: rate / 100 for name, rate in DEFAULT_LEARNING_RATES.items()
@@ -142,9 +137,7 @@ class OptimizerSettings:
         LeftOut[VocabularyName],
         default("{adam,factored,factored_momentum}", "adam; swan: factored"),
     ] = "adam"
-    vocabulary_learning_rate: Annotated[
-        float | None, default("FLOAT", "the learning rate; swan: 60 times it")
-    ] = None
+    vocabulary_learning_rate: Annotated[float | None, default("FLOAT", "the learning rate")] = None
     project_embeddings: bool = False
     momentum: Annotated[LeftOut[float], default("FLOAT", "0.9")] = 0.0
     seed: tyro.conf.Suppress[int] = 0

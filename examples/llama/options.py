@@ -30,7 +30,6 @@ from examples.llama.optimizers import (
     LEFT_OPEN,
     OPTIMIZERS,
     OPTIONS_OF,
-    SWAN_VOCABULARY_FACTOR,
     OptimizerName,
     OptimizerSettings,
 )
@@ -422,12 +421,9 @@ def _optimizer_settings(
     rates = DEFAULT_LEARNING_RATES if config.model.load is None else FINE_TUNING_LEARNING_RATES
     is_papers = config.model.preset == "paper" and is_apollo
     alphas = {"apollo": defaults.alpha_apollo, "apollo_mini": defaults.alpha_mini}
-    learning_rate = _first(
-        config.optimizer.learning_rate, defaults.learning_rate if is_papers else rates[name]
-    )
     usual = OptimizerSettings(
         name,
-        learning_rate,
+        defaults.learning_rate if is_papers else rates[name],
         defaults.steps,
         warmup_fraction=defaults.warmup_fraction,
         weight_decay=defaults.weight_decay,
@@ -436,7 +432,6 @@ def _optimizer_settings(
         update_proj_gap=defaults.update_proj_gap,
         momentum=0.9 if name == "sgd" else 0.0,
         vocabulary="factored" if name == "swan" else "adam",
-        vocabulary_learning_rate=SWAN_VOCABULARY_FACTOR * learning_rate if name == "swan" else None,
     )
     given = dataclasses.replace(config.optimizer, name=name, seed=config.training.seed)
     return filled(given, vars(usual))
