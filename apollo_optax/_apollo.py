@@ -13,7 +13,6 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 from apollo_optax._arguments import (
     require_callable,
     require_hashable,
-    require_number,
     require_one_of,
     require_positive_integer,
     require_real_floating,
@@ -26,12 +25,14 @@ from apollo_optax._leaves import (
     MatrixState,
     ScaleByApolloState,
     Vocabulary,
+    checked,
     init_leaf,
     leaf_state,
     moments,
     nested,
     no_projection,
     others_update,
+    require_mu_dtype,
     require_state_of,
     require_vocabulary,
     state_shapes,
@@ -250,13 +251,8 @@ def scale_by_apollo(
         weight_dimension_numbers = default_dimension_numbers
     _require_settings(rank, update_proj_gap, granularity, projection, key, mu_dtype, implementation)
     require_vocabulary(vocabulary)
-    _require_numbers(Hyperparameters(b1, b2, eps, scale, norm_growth_limit))
+    hyper = checked(Hyperparameters(b1, b2, eps, scale, norm_growth_limit))
     stores_projections = keeps_state(projection)
-    # A narrower scalar would make all that it is multiplied with as narrow.
-    hyper = jax.tree.map(
-        lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)),
-        Hyperparameters(b1, b2, eps, scale, norm_growth_limit),
-    )
 
     def init(params: PyTree) -> ScaleByApolloState:
         count, key_array = jnp.zeros([], jnp.int32), key_data(key)
@@ -330,16 +326,6 @@ def scale_by_apollo(
     return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
 
 
-def _require_numbers(hyper: Hyperparameters) -> None:
-    b1, b2, eps, scale, norm_growth_limit = hyper
-    require_number("b1", b1, at_least=0, below=1, precise=True)
-    require_number("b2", b2, at_least=0, below=1, precise=True)
-    require_number("eps", eps, above=0, precise=True)
-    require_number("scale", scale, above=0)
-    if norm_growth_limit is not None:
-        require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
-
-
 def _require_settings(
     rank: int,
     update_proj_gap: int,
@@ -361,8 +347,7 @@ def _require_settings(
     require_hashable("projection", projection)
     require_hashable("implementation", implementation)
     require_key("key", key)
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
+    require_mu_dtype(mu_dtype)
 
 
 def _warn_of_whole_ranks(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt32
 
-from apollo_optax._arguments import require_one_of, wide
+from apollo_optax._arguments import require_number, require_one_of, wide
 from apollo_optax._matrices import MatrixAxes, low_rank_shape, projection_shape, without_overflow
 from apollo_optax._paths import Path, named_leaves, nest, spell
 from apollo_optax._placement import (
@@ -86,6 +86,19 @@ class Hyperparameters(NamedTuple):
         return cls(*(next(arrays) if x is _CHILD else x for x in structure))
 
 
+def checked(hyper: Hyperparameters) -> Hyperparameters:
+    """The numbers as scalars; TypeError or ValueError names the first one out of range."""
+    b1, b2, eps, scale, norm_growth_limit = hyper
+    require_number("b1", b1, at_least=0, below=1, precise=True)
+    require_number("b2", b2, at_least=0, below=1, precise=True)
+    require_number("eps", eps, above=0, precise=True)
+    require_number("scale", scale, above=0)
+    if norm_growth_limit is not None:
+        require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
+    # A narrower scalar would make all that it is multiplied with as narrow.
+    return jax.tree.map(lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)), hyper)
+
+
 @jax.jit
 def adam_update(
     g: Float[Array, "*leaf"],
@@ -130,6 +143,7 @@ def factored_update(
 
 
 def moments(x: Array, mu: Array, nu: Array, hyper: Hyperparameters) -> tuple[Array, Array]:
+    """Both moments after a step with x."""
     mu = jnp.asarray(hyper.b1 * mu.astype(x.dtype) + (1 - hyper.b1) * x)
     nu = jnp.asarray(hyper.b2 * nu + (1 - hyper.b2) * jnp.square(x))
     return mu, nu
@@ -146,6 +160,12 @@ def others_update(
 def require_vocabulary(vocabulary: Any) -> None:
     """Raises ValueError unless `vocabulary` names a rule."""
     require_one_of("vocabulary", vocabulary, get_args(Vocabulary))
+
+
+def require_mu_dtype(mu_dtype: Any) -> None:
+    """Raises TypeError unless `mu_dtype` is None or a floating dtype."""
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
 
 
 def is_full_size(shape: tuple[int, ...], axes: MatrixAxes | None) -> bool:

@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from apollo_optax._arguments import require_number, require_real_floating, wide
+from apollo_optax._arguments import require_real_floating, wide
 from apollo_optax._boxes import with_axis_names
 from apollo_optax._keys import key_data
 from apollo_optax._leaves import (
     Hyperparameters,
     ScaleByApolloState,
     Vocabulary,
+    checked,
     init_leaf,
     leaf_state,
     nested,
     others_update,
+    require_mu_dtype,
     require_state_of,
     require_vocabulary,
     state_shapes,
@@ -122,18 +124,11 @@ def scale_by_swan(
       >>> state[0].mu["kernel"].shape
       ()
     """
-    require_number("b1", b1, at_least=0, below=1, precise=True)
-    require_number("b2", b2, at_least=0, below=1, precise=True)
-    require_number("eps", eps, above=0, precise=True)
+    hyper = checked(Hyperparameters(b1, b2, eps, scale=1.0, norm_growth_limit=None))
     require_vocabulary(vocabulary)
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
+    require_mu_dtype(mu_dtype)
     if weight_dimension_numbers is None:
         weight_dimension_numbers = default_dimension_numbers
-    hyper = jax.tree.map(
-        lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)),
-        Hyperparameters(b1, b2, eps, 1.0, None),
-    )
 
     def init(params: PyTree) -> ScaleByApolloState:
         count, key = jnp.zeros([], jnp.int32), key_data(0)
