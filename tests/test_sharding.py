@@ -27,6 +27,7 @@ from apollo_optax import (
     planning,
     quantization,
     scale_by_apollo,
+    scale_by_swan,
     svd,
     swan,
     transformer_dimension_numbers,
@@ -114,6 +115,20 @@ def test_factors_of_a_table_follow_its_rows_and_columns(rule, axis_type):
     assert jax.tree.map(jax.typeof, compiled(arrays, state)[1]) == jax.tree.map(jax.typeof, state)
     # Sums over an axis are all-reduced, and nothing is gathered.
     assert "all-gather" not in str(compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("spec", "gathers"),
+    [(("fsdp",), False), ((None, "fsdp"), True), ((None, "fsdp", "tensor"), True)],
+)
+def test_swan_moves_nothing_of_whole_layers_and_gathers_parts_of_matrices(spec, gathers):
+    mesh = mesh_of(fsdp=4, tensor=2)
+    params = {"w": shaped(mesh, 8, 64, 128, spec=spec)}
+    tx = scale_by_swan(weight_dimension_numbers=DENSE)
+    compiled = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params)).compile()
+    program = str(compiled.as_text())
+    assert ("all-gather" in program) is gathers
+    assert ("all-reduce" in program) is gathers
 
 
 def test_projections_kept_by_svd_are_whole():
