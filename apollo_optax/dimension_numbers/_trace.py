@@ -191,6 +191,8 @@ def _concatenate(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
         values = [
             inserted(value, eqn.params["axis"], shape[eqn.params["axis"]]) for value in values
         ]
+    else:
+        facts.put_together(values, eqn.params["dimension"])
     return [either(facts, [sized_as(value, eqn.outvars[0]) for value in values])]
 
 

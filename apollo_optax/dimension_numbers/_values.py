@@ -107,6 +107,16 @@ class Facts:
                 if of_leaf is not None and factor.size == self.shapes[leaf][of_leaf]:
                     self.apart.setdefault(leaf, set()).add(of_leaf)
 
+    def put_together(self, parts: Sequence[Value], axis: int) -> None:
+        """Notes that parts of an axis of a product are the whole axis again, as in a roll."""
+        products = [part.of(PRODUCT) for part in parts]
+        for leaf in set(products[0]).intersection(*products[1:]):
+            factors = [factor for views in products for factor in views[leaf].axes[axis]]
+            size = sum(factor.size for factor in factors)
+            whole = {of for of in axes_of(factors) if self.shapes[leaf][of] == size}
+            if len(parts) == len(factors) < size:  # parts of one index each may still go apart
+                self.apart.get(leaf, set()).difference_update(whole)
+
     def lose(self, value: Value, why: str) -> None:
         """Notes that the parameters in a value cannot be followed."""
         for kind in (IS, LOOKED_UP):

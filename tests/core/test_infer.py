@@ -317,6 +317,32 @@ def grouped_queries_with_kernels_split_into_heads(params, x):
 
 @model(
     {
+        "q": shape(8, 2, 4),
+        "kv": shape(2, 8, 2, 4),
+        "out": shape(2, 4, 8),
+        "head": shape(8, 3),
+    },
+    shape(2, 6, 8),
+    q=matrix(0, (1, 2)),
+    kv=matrix(1, (2, 3)),
+    out=matrix((0, 1), 2),
+    head=VOCABULARY,
+)
+def rotary_embedding_that_rolls_the_features_of_heads(params, x):
+    def rotated(y):
+        left = jnp.concatenate([y[..., 1:], y[..., :1]], axis=-1)
+        odd = jnp.arange(4) % 2 == 1
+        return y + jnp.where(odd, jnp.roll(y, 1, axis=-1), left)
+
+    kv = jnp.einsum("btd,cdhk->cbthk", x, params["kv"])
+    q = jnp.einsum("btd,dhk->bthk", x, params["q"])
+    cache = jnp.concatenate([rotated(kv[:1]), kv[1:]])  # keys and values stay apart
+    y = attend(rotated(q), cache[0], cache[1])
+    return jnp.einsum("bthk,hkd->btd", y, params["out"]) @ params["head"], cache
+
+
+@model(
+    {
         "q": shape(8, 2, 6),
         "kv_a": shape(8, 5),
         "kv_b": shape(4, 2, 8),
