@@ -7,8 +7,9 @@ leaf, are what the traced model says, what the names say, and the default of
     python -m benchmarks.any_model
 
 measures the models that the results do not have. It needs the [clients] extra beside [examples],
-and Python 3.12 for Google's gemma. EasyDeL and Levanter need other versions of JAX: name their
-models, each in an environment of its own. A package that cannot be imported is an error.
+and Python 3.12 for Google's gemma. EasyDeL and Levanter need other versions of JAX, and MaxText
+packages that docs/maxtext.md lists: name their models, each in an environment of its own. A package
+that cannot be imported is an error.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +35,7 @@ from apollo_optax import (
 from apollo_optax._matrices import axes_of_each_leaf, low_rank_shape
 from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import named_arrays, nest
+from benchmarks.maxtext_recipe import require_maxtext
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
 
 OUTPUT = RESULTS / "any_model.json"
@@ -358,6 +361,41 @@ def _easydel() -> Model:
     return Model("easydel", forward, params, (TOKENS,), rules)
 
 
+MAXTEXT = (
+    f"max_target_length={TOKENS.shape[1]} per_device_batch_size=1 attention=dot_product "
+    "skip_jax_distributed_system=true log_config=false base_output_directory=unused"
+)
+# A product that a trace sees; MaxText's default is a kernel of Pallas.
+RAGGED = "megablox=false"
+
+
+def _maxtext(name: str, *settings: str, scanned: bool) -> Model:
+    require_maxtext()
+    nnx: Any = importlib.import_module("flax.nnx")
+    creation: Any = importlib.import_module("maxtext.utils.model_creation_utils")
+    maxtext: Any = importlib.import_module("maxtext")
+    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
+    arguments = [f"model_name={name}", f"scan_layers={scanned}", *settings, *MAXTEXT.split()]
+    config = creation.pyconfig.initialize(["", str(base), *arguments])
+    model = nnx.eval_shape(lambda: creation.from_config(config, rngs=nnx.Rngs(0)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def forward(params: Any, rest: Any, tokens: Any) -> Any:
+        model = nnx.merge(graph, params, rest)
+        return model(tokens, tokens, jnp.ones_like(tokens), enable_dropout=False)
+
+    # Layers are behind the first axis.
+    second, third = (2, 3) if scanned else (1, 2)
+    rules: Rules = [
+        ("embedding|logits_dense|scale", None),
+        ("query|key|value|wq_b|wkv_b", _matrix(0, (second, third))),
+        ("out/kernel", _matrix((0, second), third)),
+        ("MoeBlock_0/w", _matrix(second, third)),
+        ("kernel", _matrix(0, second)),
+    ]
+    return Model("maxtext", forward, params, (rest, TOKENS), rules)
+
+
 MODELS: dict[str, Callable[[], Model]] = {
     "LLaMA 1B of the examples (NNX), layers stacked": lambda: _llama(False),
     "LLaMA 1B of the examples (NNX), layers apart": lambda: _llama(True),
@@ -379,6 +417,18 @@ MODELS: dict[str, Callable[[], Model]] = {
     "Transformer (Keras)": _keras_transformer,
     "Llama 2 7B (Levanter)": _levanter,
     "Llama 3.1 8B (EasyDeL)": _easydel,
+    "Llama 3.1 8B (MaxText), scanned": lambda: _maxtext("llama3.1-8b", scanned=True),
+    "Llama 3.1 8B (MaxText), layers apart": lambda: _maxtext("llama3.1-8b", scanned=False),
+    "Gemma 2 2B (MaxText), scanned": lambda: _maxtext("gemma2-2b", scanned=True),
+    "Mixtral 8x7B (MaxText), scanned": lambda: _maxtext("mixtral-8x7b", RAGGED, scanned=True),
+    "Mixtral 8x7B (MaxText), layers apart": lambda: _maxtext("mixtral-8x7b", RAGGED, scanned=False),
+    "Mixtral 8x7B (MaxText), scanned, experts in a kernel of Pallas": lambda: _maxtext(
+        "mixtral-8x7b", scanned=True
+    ),
+    "DeepSeek 3 671B (MaxText), scanned": lambda: _maxtext("deepseek3-671b", RAGGED, scanned=True),
+    "DeepSeek 3 671B (MaxText), layers apart": lambda: _maxtext(
+        "deepseek3-671b", RAGGED, scanned=False
+    ),
 }
 
 
