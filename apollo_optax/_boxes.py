@@ -15,7 +15,8 @@ from apollo_optax._matrices import MatrixAxes
 from apollo_optax._paths import Path, named_leaves
 from apollo_optax._placement import moments_placement
 
-_METADATA = ("out_sharding", "optimizer_sharding")  # of an `nnx.Variable`
+# Of an `nnx.Variable`. MaxText copies its names to the old key too, which Flax prefers.
+_METADATA = ("out_sharding", "optimizer_sharding", "sharding_names")
 
 Names = tuple[Any, ...]
 
