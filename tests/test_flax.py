@@ -194,7 +194,7 @@ def test_a_sharding_of_the_optimizer_state_alone_is_followed():
 def test_names_under_the_old_key_of_flax_are_followed():
     names = ("fsdp", "tensor")
     model = nnx.Linear(8, 32, use_bias=False, rngs=nnx.Rngs(0))
-    kernel = nnx.Param(model.kernel[...], out_sharding=names, eager_sharding=False)
+    kernel: Any = nnx.Param(model.kernel[...], out_sharding=names, eager_sharding=False)
     model.kernel = kernel.replace(sharding_names=names)
     with pytest.warns(DeprecationWarning, match="sharding_names"):
         optimizer = nnx.Optimizer(model, scale_by_apollo(4), wrt=nnx.Param)
