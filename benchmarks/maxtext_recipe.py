@@ -4,8 +4,8 @@
 
 trains as `python -m maxtext.trainers.pre_train.train` does with the same arguments, by `adamw`
 (MaxText's own, untouched), `apollo` or `apollo_mini`. `base.yml` stands for the one in the package.
-Without arguments it trains a tiny decoder on the CPU by each of them, on one device and on a mesh
-of four, and adds the losses and the bytes of the optimizer state to `results/maxtext_recipe.json`;
+Without arguments it trains tiny decoders on the CPU by each of them, on one device and on a mesh of
+four, and adds the losses and the bytes of the optimizer state to `results/maxtext_recipe.json`;
 minutes. Prints the table of `docs/maxtext.md`, which also says what to install.
 """
 
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from apollo_optax import apollo, apollo_mini
+from apollo_optax import apollo, apollo_mini, infer_dimension_numbers
 from apollo_optax.sharding import shardings_of
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
 
@@ -32,18 +33,27 @@ OPTIMIZERS = ("adamw", "apollo", "apollo_mini")
 RANK = 16
 TINY = (
     "run_name=tiny dataset_type=synthetic enable_checkpointing=false steps=20 "
-    "decoder_block=llama2 mlp_activations=[silu,linear] logits_via_embedding=false "
-    "base_num_decoder_layers=3 base_emb_dim=128 base_num_query_heads=4 base_num_kv_heads=2 "
-    "head_dim=32 base_mlp_dim=344 vocab_size=512 max_target_length=64 "
+    "mlp_activations=[silu,linear] logits_via_embedding=false "
+    "base_num_decoder_layers=3 base_emb_dim=128 base_num_query_heads=4 head_dim=32 "
+    "base_mlp_dim=344 vocab_size=512 max_target_length=64 "
     "attention=dot_product warmup_steps_fraction=0.1 sharding_tolerance=0.3 "
     "skip_jax_distributed_system=true log_config=false "
     "enable_goodput_recording=false monitor_goodput=false"
 )
+EXPERTS = "num_experts=4 num_experts_per_tok=2 base_moe_mlp_dim=344 sparse_matmul=false"
+DECODERS = {
+    "llama2": "base_num_kv_heads=2",
+    "mixtral": f"base_num_kv_heads=2 {EXPERTS}",
+    "deepseek": f"base_num_kv_heads=4 {EXPERTS} shared_experts=1 first_num_dense_layers=1 "
+    "attention_type=mla q_lora_rank=24 kv_lora_rank=32 qk_nope_head_dim=24 qk_rope_head_dim=8 "
+    "v_head_dim=16",
+}
 LEARNING_RATES = {"adamw": 0.001, "apollo": 0.01, "apollo_mini": 0.01}
 # Four sequences on one device and on four.
 MESHES = {
     "one device": "per_device_batch_size=4",
     "fsdp=2, tensor=2": "per_device_batch_size=1 ici_fsdp_parallelism=2 ici_tensor_parallelism=2",
+    "fsdp=2, expert=2": "per_device_batch_size=1 ici_fsdp_parallelism=2 ici_expert_parallelism=2",
 }
 
 
@@ -61,18 +71,20 @@ def require_maxtext() -> None:
 
 def use_apollo(name: str, rank: int = 256) -> None:
     """Puts APOLLO in place of the optimizer that MaxText would make of its configuration."""
+    from flax import nnx
     from maxtext.optimizers import optimizers
-    from maxtext.utils.muon_utils import get_muon_weight_dimension_numbers
 
     def get_optimizer(
         config: Any, learning_rate_schedule: optax.Schedule, model: Any = None, mesh: Any = None
     ) -> optax.GradientTransformation:
         del mesh
-        if config.scan_layers and config.param_scan_axis != 1:
-            raise ValueError(
-                f"param_scan_axis={config.param_scan_axis}: MaxText's specifications of axes are "
-                f"for 1. Set it to 1, or scan_layers to false."
-            )
+        graphdef, params, *others = nnx.split(model, nnx.Param, ...)
+        shape = (config.micro_batch_size_to_train_on, config.max_target_length)
+
+        def forward(params: Any, others: Any, tokens: jax.Array) -> Any:
+            model = nnx.merge(graphdef, params, *others)
+            return model(tokens, tokens, jnp.ones_like(tokens), enable_dropout=False)
+
         arguments: dict[str, Any] = {
             "b1": config.adam_b1,
             "b2": config.adam_b2,
@@ -80,7 +92,9 @@ def use_apollo(name: str, rank: int = 256) -> None:
             "mu_dtype": config.mu_dtype,
             "weight_decay": config.adam_weight_decay,
             "mask": optimizers.get_adamw_mask(config),
-            "weight_dimension_numbers": get_muon_weight_dimension_numbers(model, config),
+            "weight_dimension_numbers": infer_dimension_numbers(
+                forward, params, others, jax.ShapeDtypeStruct(shape, "int32")
+            ),
         }
         if name == "apollo_mini":
             return apollo_mini(learning_rate_schedule, **arguments)
@@ -90,11 +104,11 @@ def use_apollo(name: str, rank: int = 256) -> None:
 
 
 def shard_state_like_parameters() -> None:
-    """Lets the optimizer state be sharded as the parameters are; MaxText would replicate it."""
+    """Shards the optimizer state as the parameters are; names alone leave moments whole."""
     from flax import nnx
     from maxtext.utils import maxtext_utils, maxtext_utils_nnx
 
-    replicating = maxtext_utils.get_abstract_state_nnx
+    sharding_by_names = maxtext_utils.get_abstract_state_nnx
 
     def get_abstract_state_nnx(
         config: Any, mesh: Any, make_state: Callable[[], Any], is_training: bool = True
@@ -104,7 +118,7 @@ def shard_state_like_parameters() -> None:
                 "shard_optimizer_over_data and optimizer_memory_host_offload place the state by "
                 "rules of their own; set both to false and shard the parameters (ici_fsdp_...)."
             )
-        abstract, specs, shardings = replicating(config, mesh, make_state, is_training)
+        abstract, specs, shardings = sharding_by_names(config, mesh, make_state, is_training)
         if not is_training:
             return abstract, specs, shardings
         train_state = nnx.eval_shape(make_state)
@@ -171,9 +185,12 @@ def _report_bytes(path: str) -> None:
     train_utils.setup_train_loop = reporting
 
 
-def measure(optimizer: str, mesh: str, follow: bool) -> Row:
+def measure(decoder: str, optimizer: str, mesh: str, follow: bool) -> Row:
     """Trains the tiny decoder in a process of its own; returns losses and sizes."""
-    flags = f"{TINY} {MESHES[mesh]} learning_rate={LEARNING_RATES[optimizer]}"
+    flags = (
+        f"{TINY} decoder_block={decoder} {DECODERS[decoder]} {MESHES[mesh]} "
+        f"learning_rate={LEARNING_RATES[optimizer]}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         places = [f"base_output_directory={folder}", f"metrics_file={folder}/metrics"]
         arguments = ["base.yml", *flags.split(), *places]
@@ -188,6 +205,7 @@ def measure(optimizer: str, mesh: str, follow: bool) -> Row:
     losses = [step["learning/loss"] for step in steps]
     return {
         "maxtext": importlib.metadata.version("maxtext"),
+        "decoder": decoder,
         "optimizer": optimizer,
         "mesh": mesh,
         "state follows parameters": follow,
@@ -200,16 +218,17 @@ def measure(optimizer: str, mesh: str, follow: bool) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| optimizer | mesh | loss, first to last | state | state of a device |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| decoder | optimizer | mesh | loss, first to last | state | state of a device |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
     ]
     for row in rows:
         mesh = row["mesh"]
         if mesh != "one device" and row["optimizer"] != "adamw":
             followed = row["state follows parameters"]
             mesh += ", state sharded" if followed else ", state as MaxText places it"
+        losses = f"{row['losses'][0]:.2f} to {row['losses'][-1]:.2g}"
         lines.append(
-            f"| {row['optimizer']} | {mesh} | {row['losses'][0]:.2f} to {row['losses'][-1]:.2g} | "
+            f"| {row['decoder']} | {row['optimizer']} | {mesh} | {losses} | "
             f"{row['state_bytes']:,} | {row['state_bytes_of_a_device']:,} |"
         )
     return "\n".join(lines)
@@ -223,11 +242,14 @@ def main() -> None:
             raise SystemExit(f"usage: {COMMAND} {{{','.join(OPTIMIZERS)}}} CONFIG [KEY=VALUE ...]")
         run(name, arguments)
         return
-    runs = [(optimizer, "one device", True) for optimizer in OPTIMIZERS]
-    runs += [("adamw", "fsdp=2, tensor=2", True)]
-    runs += [(o, "fsdp=2, tensor=2", follow) for o in OPTIMIZERS[1:] for follow in (False, True)]
+    four = "fsdp=2, tensor=2"
+    runs = [("llama2", optimizer, "one device", True) for optimizer in OPTIMIZERS]
+    runs += [("llama2", "adamw", four, True)]
+    runs += [("llama2", o, four, follow) for o in OPTIMIZERS[1:] for follow in (False, True)]
+    runs += [("mixtral", o, "fsdp=2, expert=2", True) for o in OPTIMIZERS]
+    runs += [("deepseek", o, four, True) for o in OPTIMIZERS]
     for made in runs:
-        keys = ("optimizer", "mesh", "state follows parameters")
+        keys = ("decoder", "optimizer", "mesh", "state follows parameters")
         if any(tuple(row[key] for key in keys) == made for row in read_rows(OUTPUT)):
             continue
         add_row(OUTPUT, COMMAND, measure(*made))
