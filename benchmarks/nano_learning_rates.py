@@ -43,7 +43,7 @@ _WARMUPS: dict[optimizers.OptimizerName, list[tuple[float, float, float]]] = {
     ],
 }
 # Of SWAN's matrices, and by how much that of the vocabulary is higher.
-_SWAN_RATES, _SWAN_VOCABULARY = (2e-3, 4e-3, 8e-3), (1, 4, 8, 15)
+_SWAN_RATES, _SWAN_VOCABULARY = (2e-3, 4e-3, 8e-3, 1.6e-2), (1, 4, 8, 15)
 
 
 def _settings(

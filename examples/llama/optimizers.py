@@ -39,7 +39,7 @@ VocabularyName = Literal["adam", "factored", "factored_momentum"]
 DEFAULT_LEARNING_RATES: dict[str, float] = {
     "apollo": 2e-2,
     "apollo_mini": 2e-2,
-    "swan": 4e-3,
+    "swan": 8e-3,
     "adamw": 2e-3,
     "adafactor": 8e-2,
     "lion": 1.6e-3,
@@ -47,10 +47,9 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
     "galore": 4e-2,
     "sgd": 4e-1,
 }
-"""Peak learning rates of small models. AdamW, APOLLO and APOLLO-Mini have the best of `nano`, in
-`benchmarks/results/nano_learning_rates.json`; of rates within 0.001 nats, the smaller. SWAN has
-that of its matrices in `benchmarks/results/frontier.json`, the others those of
-`benchmarks/results/convergence.json`."""
+"""Peak learning rates of small models. AdamW, APOLLO, APOLLO-Mini and SWAN have the best of `nano`,
+in `benchmarks/results/nano_learning_rates.json`; of rates within 0.001 nats, the smaller. The
+others have those of `benchmarks/results/convergence.json`."""
 
 FINE_TUNING_LEARNING_RATES: dict[str, float] = {
     name: rate / 100 for name, rate in DEFAULT_LEARNING_RATES.items()

@@ -159,13 +159,14 @@ def test_default_learning_rates_are_the_best_of_the_sweeps(name: str) -> None:
     assert DEFAULT_LEARNING_RATES[name] == best_learning_rate(rows, name)
 
 
-@pytest.mark.parametrize("name", ["adamw", "apollo", "apollo_mini"])
+@pytest.mark.parametrize("name", ["adamw", "apollo", "apollo_mini", "swan"])
 def test_default_learning_rates_of_the_comparison_are_the_best_of_its_sweep(name: str) -> None:
     losses = {
         row["learning_rate"]: row["validation_loss"]
         for row in read_rows(nano_learning_rates.OUTPUT)
         if (row["name"], row["total_steps"], row["sequences"])
         == (name, nano_learning_rates.STEPS, nano_learning_rates.SEQUENCES)
+        and row.get("vocabulary_learning_rate") in (None, row["learning_rate"])
     }
     as_good = [rate for rate, loss in losses.items() if loss < min(losses.values()) + 1e-3]
     assert DEFAULT_LEARNING_RATES[name] == min(as_good)
