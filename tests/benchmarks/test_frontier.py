@@ -119,6 +119,10 @@ def test_what_the_page_says_of_the_frontier_holds():
     of_seeds = [both[best_trial(both)._replace(seed=seed)] for seed in SEEDS[:3]]
     assert statistics.fmean(of_seeds) == pytest.approx(2.376, abs=5e-4)
     assert statistics.stdev(of_seeds) == pytest.approx(0.003, abs=5e-4)
+    (projected,) = rows_of(ROWS, Pair("1m", "apollo_quarter", "apollo")).values()
+    assert projected == pytest.approx(2.662, abs=5e-4)
+    with_adam = rows_of(ROWS, Pair("1m", "apollo_quarter", "adam"))
+    assert projected - with_adam[best_trial(with_adam)] == pytest.approx(0.14, abs=0.005)
     for name, cost in {"apollo_quarter": 0.05, "apollo_mini": 0.045}.items():
         change = found[name, "factored"].mean - found[name, "adam"].mean
         assert change == pytest.approx(cost, abs=0.003)
