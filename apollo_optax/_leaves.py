@@ -212,7 +212,7 @@ def _placements(leaf: Any, axes: MatrixAxes | None, shapes: MatrixState) -> Matr
     of_moments = moments_placement(on_mesh, leaf.shape, axes)
     if axes is None and shapes.nu != leaf.shape:
         rows, columns, neither = (
-            placement_without(on_mesh, leaf.ndim, axes) for axes in ((-1,), (-2,), (-1, -2))
+            placement_without(on_mesh, leaf.ndim, left) for left in ((-1,), (-2,), (-1, -2))
         )
         return MatrixState(of_moments if shapes.mu == leaf.shape else neither, rows, columns)
     if axes is not None and shapes.mu == shapes.norm:

@@ -99,7 +99,7 @@ class OptimizerSettings:
       norm_growth_limit: Largest ratio of the norms of a matrix's consecutive updates, 0 for no
         limit; for apollo and apollo_mini.
       vocabulary: The rule of embedding and head; for apollo, apollo_mini and swan.
-      vocabulary_learning_rate: Its peak learning rate, None for that of the matrices; for apollo,
+      vocabulary_learning_rate: The peak learning rate of embedding and head; for apollo,
         apollo_mini and swan.
       project_embeddings: Treat embedding and head as the other matrices, instead of training them
         with Adam as the paper does; for apollo, apollo_mini, galore and muon.
