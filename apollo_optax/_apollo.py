@@ -22,7 +22,7 @@ from apollo_optax._boxes import with_axis_names
 from apollo_optax._keys import key_data, require_key, wrap_like
 from apollo_optax._leaves import (
     Hyperparameters,
-    MatrixState,
+    LeafState,
     ScaleByApolloState,
     Vocabulary,
     checked,
@@ -75,13 +75,13 @@ Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 def apollo_update(
     G: Float[Array, "*leaf"],
     P: Float[Array, "*batch rank dim"],
-    state: MatrixState,
+    state: LeafState,
     axes: MatrixAxes,
     t: Int[Array, ""],
     hyper: Hyperparameters,
     granularity: Granularity = "channel",
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "*leaf"], MatrixState]:
+) -> tuple[Float[Array, "*leaf"], LeafState]:
     """One step of Algorithm 1 (Zhu et al., 2025) for every matrix of a leaf.
 
     Leaves of one shape are traced once, and without `jax.jit` around it a step is compiled too.
@@ -124,7 +124,7 @@ def apollo_update(
     step = (scale if is_projected else 1) * jnp.sqrt(1 - b2**t) / (1 - b1**t) / c
     U = G * expand_to_leaf(s * jnp.expand_dims(step, matrix_axes), axes)
     mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)
-    return jnp.asarray(U, G.dtype), MatrixState(mu, nu, remembered.astype(state.norm.dtype))
+    return jnp.asarray(U, G.dtype), LeafState(mu, nu, remembered.astype(state.norm.dtype))
 
 
 def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:

@@ -53,7 +53,7 @@ class ScaleByApolloState(NamedTuple):
     projection: PyTree = {}  # noqa: RUF012
 
 
-class MatrixState(NamedTuple):
+class LeafState(NamedTuple):
     """The state of one leaf, `mu`, `nu` and `norm` as in `ScaleByApolloState`, or a fact of each.
 
     Facts are the shapes of the arrays and where they lie.
@@ -102,26 +102,26 @@ def checked(hyper: Hyperparameters) -> Hyperparameters:
 @jax.jit
 def adam_update(
     g: Float[Array, "*leaf"],
-    state: MatrixState,
+    state: LeafState,
     t: Int[Array, ""],
     hyper: Hyperparameters,
-) -> tuple[Float[Array, "*leaf"], MatrixState]:
+) -> tuple[Float[Array, "*leaf"], LeafState]:
     """One step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix."""
     b1, b2, eps, *_ = hyper
     in_float32 = g.astype(wide(g.dtype))
     mu, nu = moments(in_float32, state.mu, state.nu, hyper)
     update = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
     mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)
-    return jnp.asarray(update, g.dtype), MatrixState(mu, nu, state.norm)
+    return jnp.asarray(update, g.dtype), LeafState(mu, nu, state.norm)
 
 
 @jax.jit
 def factored_update(
     g: Float[Array, "*leaf"],
-    state: MatrixState,
+    state: LeafState,
     t: Int[Array, ""],
     hyper: Hyperparameters,
-) -> tuple[Float[Array, "*leaf"], MatrixState]:
+) -> tuple[Float[Array, "*leaf"], LeafState]:
     """One step of Adam with a second moment of rank 1 (Shazeer and Stern, 2018).
 
     Without a first moment, where the state has none.
@@ -138,7 +138,7 @@ def factored_update(
     if mu.shape == g.shape:
         mu = jnp.asarray(b1 * mu.astype(in_float32.dtype) + (1 - b1) * in_float32)
         direction = mu / (1 - b1**t)
-    kept = MatrixState(mu.astype(state.mu.dtype), rows, columns)
+    kept = LeafState(mu.astype(state.mu.dtype), rows, columns)
     return jnp.asarray(direction / (root + eps), g.dtype), kept
 
 
@@ -150,8 +150,8 @@ def moments(x: Array, mu: Array, nu: Array, hyper: Hyperparameters) -> tuple[Arr
 
 
 def others_update(
-    g: Float[Array, "*leaf"], state: MatrixState, t: Int[Array, ""], hyper: Hyperparameters
-) -> tuple[Float[Array, "*leaf"], MatrixState]:
+    g: Float[Array, "*leaf"], state: LeafState, t: Int[Array, ""], hyper: Hyperparameters
+) -> tuple[Float[Array, "*leaf"], LeafState]:
     """One step of a leaf that is not a matrix, by the rule that its state is of."""
     rule = adam_update if state.nu.shape == g.shape else factored_update
     return rule(g, state, t, hyper)
@@ -175,22 +175,22 @@ def is_full_size(shape: tuple[int, ...], axes: MatrixAxes | None) -> bool:
 
 def state_shapes(
     shape: tuple[int, ...], axes: MatrixAxes | None, rank: int, vocabulary: Vocabulary
-) -> MatrixState:
+) -> LeafState:
     """Shapes of what is kept of a leaf; of a matrix at rank 0 nothing but zeros for each."""
     if axes is not None:
         low_rank = low_rank_shape(shape, axes, rank)
         of_each = low_rank[: len(axes.batch)]
         of_moments = low_rank if rank else of_each
-        return MatrixState(of_moments, of_moments, of_each)
+        return LeafState(of_moments, of_moments, of_each)
     if vocabulary == "adam" or not is_full_size(shape, axes):
-        return MatrixState(shape, shape, shape[:1] if len(shape) > 1 else ())
+        return LeafState(shape, shape, shape[:1] if len(shape) > 1 else ())
     first = shape if vocabulary == "factored_momentum" else shape[:-2]
-    return MatrixState(first, shape[:-1], (*shape[:-2], shape[-1]))
+    return LeafState(first, shape[:-1], (*shape[:-2], shape[-1]))
 
 
 def init_leaf(
     leaf: Any, axes: MatrixAxes | None, rank: int, mu_dtype: Any, vocabulary: Vocabulary
-) -> MatrixState:
+) -> LeafState:
     """Zeros of `state_shapes`, where the leaf's placement puts them."""
     dtype = wide(leaf.dtype)
     shapes = state_shapes(leaf.shape, axes, rank, vocabulary)
@@ -202,10 +202,10 @@ def init_leaf(
             shapes, (mu_dtype or dtype, dtype, dtype), _placements(leaf, axes, shapes), strict=True
         )
     )
-    return MatrixState(mu, nu, norm)
+    return LeafState(mu, nu, norm)
 
 
-def _placements(leaf: Any, axes: MatrixAxes | None, shapes: MatrixState) -> MatrixState:
+def _placements(leaf: Any, axes: MatrixAxes | None, shapes: LeafState) -> LeafState:
     """Where the arrays of these shapes belong."""
     on_mesh = placement_of(leaf)
     of_each = matrices_placement(on_mesh, leaf.shape, _each_of(leaf, axes))
@@ -214,10 +214,10 @@ def _placements(leaf: Any, axes: MatrixAxes | None, shapes: MatrixState) -> Matr
         rows, columns, neither = (
             placement_without(on_mesh, leaf.ndim, left) for left in ((-1,), (-2,), (-1, -2))
         )
-        return MatrixState(of_moments if shapes.mu == leaf.shape else neither, rows, columns)
+        return LeafState(of_moments if shapes.mu == leaf.shape else neither, rows, columns)
     if axes is not None and shapes.mu == shapes.norm:
         of_moments = of_each
-    return MatrixState(of_moments, of_moments, of_each)
+    return LeafState(of_moments, of_moments, of_each)
 
 
 def _each_of(leaf: Any, axes: MatrixAxes | None) -> MatrixAxes:
@@ -235,12 +235,12 @@ def no_projection(leaf: Any, axes: MatrixAxes | None, rank: int) -> Array:
 
 
 def nested(
-    count: Array, key: Array, leaves: dict[Path, MatrixState], stored: dict[Path, Array]
+    count: Array, key: Array, leaves: dict[Path, LeafState], stored: dict[Path, Array]
 ) -> ScaleByApolloState:
     """The state whose dictionaries hold what is kept of each leaf."""
     mu, nu, norm = (
         nest((path, getattr(leaf, field)) for path, leaf in leaves.items())
-        for field in MatrixState._fields
+        for field in LeafState._fields
     )
     return ScaleByApolloState(count, key, mu, nu, norm, nest(stored.items()))
 
@@ -271,9 +271,7 @@ def require_state_of(state: Any, named: list[tuple[Path, Array]], stores_project
         )
 
 
-def leaf_state(
-    of_field: dict[str, dict[Path, Array]], path: Path, needed: MatrixState
-) -> MatrixState:
+def leaf_state(of_field: dict[str, dict[Path, Array]], path: Path, needed: LeafState) -> LeafState:
     """The state of the leaf at `path`; ValueError unless it has the shapes that are needed."""
     found: dict[str, Any] = {}
     for field, shape_needed in needed._asdict().items():
@@ -287,4 +285,4 @@ def leaf_state(
                 f"init made it for other parameters, rank or axes. Call init again or restore one "
                 f"that fits."
             )
-    return MatrixState(**found)
+    return LeafState(**found)

@@ -225,8 +225,7 @@ def project(
 ) -> Float[Array, "..."]:
     """R = P G for every matrix of a leaf, accumulated in float32 or better.
 
-    P is rounded to the dtype of a bfloat16 or float16 G, which is read as it is. A product of
-    float32 takes twice the time on a GPU.
+    P is rounded to the dtype of a bfloat16 or float16 G, so that the product is one of that dtype.
     """
     batch = len(axes.batch)
     projected_shape = tuple(G.shape[a] for a in axes.projected)
