@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.search import next_trials, rows_of
 from benchmarks.frontier.training import Trial
@@ -36,17 +38,17 @@ def run_pair(
 
     texts = training.load_texts(texts_file)
     setting = training.SETTINGS[pair.setting]
-    state = training.state_bytes(setting, pair.hidden, pair.vocabulary)
+    lanes = 1 if jax.default_backend() == "cpu" else training.LANES
     while time.time() < until:
         done = rows_of(read_rows(output), pair)
         trials = [t for t in given if t not in done][:1] if given else next_trials(pair, done)
         if not trials:
             return
         began = time.perf_counter()
-        losses = training.train(setting, pair.hidden, pair.vocabulary, trials, texts)
+        losses = training.train(setting, pair.hidden, pair.vocabulary, trials, texts, lanes)
         seconds = time.perf_counter() - began
         rows = [
-            pair._asdict() | trial._asdict() | {"validation_loss": loss, "state_bytes": state}
+            pair._asdict() | trial._asdict() | {"validation_loss": loss}
             for trial, loss in zip(trials, losses, strict=True)
         ]
         add_rows(output, COMMAND, rows)

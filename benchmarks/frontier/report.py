@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY
 from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of
-from benchmarks.frontier.training import Trial
+from benchmarks.frontier.training import SETTINGS, Trial, state_bytes
 from benchmarks.rows import RESULTS, Row, read_rows
 
 __all__ = ["Result", "results_of", "table"]
@@ -64,7 +64,8 @@ class Result(NamedTuple):
 
 def results_of(rows: Sequence[Row], setting: str = "1m") -> list[Result]:
     """The pairs that are complete, the lowest loss first."""
-    state = {tuple(row[field] for field in Pair._fields): row["state_bytes"] for row in rows}
+    size = SETTINGS[setting]
+    of_adamw = state_bytes(size, "adam", "adam")
     results = []
     for pair in PAIRS:
         losses = rows_of(rows, pair)
@@ -72,8 +73,8 @@ def results_of(rows: Sequence[Row], setting: str = "1m") -> list[Result]:
             continue
         best = best_trial(losses)
         of_seeds = tuple(losses[best._replace(seed=seed)] for seed in SEEDS)
-        over = state[pair] / state[Pair(setting, "adam", "adam")]
-        results.append(Result(pair, best, of_seeds, state[pair], over))
+        state = state_bytes(size, pair.hidden, pair.vocabulary)
+        results.append(Result(pair, best, of_seeds, state, state / of_adamw))
     return sorted(results, key=lambda result: result.mean)
 
 

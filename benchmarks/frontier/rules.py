@@ -61,14 +61,13 @@ def _orthogonalized(x: Array) -> Array:
     return math.sqrt(largest) * (jnp.swapaxes(x, -1, -2) if is_tall else x)
 
 
-def _whitened(x: Array) -> Array:
-    """SWAN's without the mean: each output over its root mean square, then orthogonalized."""
-    return _orthogonalized(x / _rms(x, -2))
+def _swan(width: int, seed: Any) -> optax.GradientTransformation:
+    return apollo_optax.scale_by_swan(weight_dimension_numbers=_BATCHED)
 
 
-def _standardized_and_whitened(x: Array) -> Array:
-    """SWAN's: of each output the mean over the inputs is taken off first."""
-    return _whitened(x - jnp.mean(x, axis=-2, keepdims=True))
+def _centered(x: Array) -> Array:
+    """Of each output, the mean over the inputs is taken off, as in SWAN's paper."""
+    return x - jnp.mean(x, axis=-2, keepdims=True)
 
 
 def _sinkhorn(x: Array) -> Array:
@@ -162,7 +161,7 @@ def _one_bit_muon(beta: float) -> Make:
 
 
 def _momentum_in_a_basis(rank: int, beta: float) -> Make:
-    """The raw gradient, but in a fixed random basis of its inputs its momentum; then whitened."""
+    """The raw gradient, but in a fixed random basis of its inputs its momentum."""
 
     def make(width: int, seed: Any) -> optax.GradientTransformation:
         def basis(g: Array) -> Array:
@@ -183,7 +182,7 @@ def _momentum_in_a_basis(rank: int, beta: float) -> Make:
 
             def direction(m: Array, g: Array) -> Array:
                 P = basis(g)
-                return _whitened(g + P.T @ (factor * m - P @ g))
+                return g + P.T @ (factor * m - P @ g)
 
             return jax.tree.map(direction, state, updates), state
 
@@ -232,15 +231,11 @@ def _adam(width: int, seed: Any) -> optax.GradientTransformation:
     return optax.scale_by_adam()
 
 
-def _unbiased(step: Any, decay: Any) -> Any:
-    """The decay by which an average of constant decay, corrected for its bias, moves."""
-    return decay * (1 - decay**step) / (1 - decay ** (step + 1))
-
-
-def _factored(width: int, seed: Any) -> optax.GradientTransformation:
-    """Adafactor's second moment, averaged as Adam's; no clipping, no scale, no momentum."""
-    return optax.scale_by_factored_rms(
-        decay_rate=0.999, decay_rate_fn=_unbiased, min_dim_size_to_factor=2
+def _small(vocabulary: str) -> Make:
+    """The package's rule for leaves that are not matrices."""
+    return lambda width, seed: apollo_optax.scale_by_apollo(
+        vocabulary=vocabulary,  # type: ignore[arg-type]
+        weight_dimension_numbers=lambda params: jax.tree.map(lambda _: None, params),
     )
 
 
@@ -250,21 +245,23 @@ HIDDEN: Mapping[str, Rule] = {
     "apollo_quarter": Rule("APOLLO, r = 1/4", _apollo(lambda width: width // 4), 2e-2),
     "apollo_eighth": Rule("APOLLO, r = 1/8", _apollo(_eighth), 4e-2),
     "apollo_mini": Rule("APOLLO-Mini", _mini, 4e-2),
-    "whitened": Rule("SWAN", _stateless(_whitened), 4e-3),
-    "swan": Rule("SWAN, with the mean taken off", _stateless(_standardized_and_whitened), 4e-3),
+    "whitened": Rule("SWAN", _swan, 4e-3),
+    "swan": Rule("SWAN, with the mean taken off", _chain(_stateless(_centered), _swan), 4e-3),
     "orthogonalized": Rule("orthogonalized gradient", _stateless(_orthogonalized), 4e-3),
     "sinkhorn": Rule("SinkGD", _stateless(_sinkhorn), 4e-3),
     "neuron": Rule("SCALE", _stateless(lambda g: g / _rms(g, -2)), 4e-3),
     "racs": Rule("RACS", _racs, 4e-3),
-    "factored": Rule("factored second moment", _factored, 4e-3),
+    "factored": Rule("factored second moment", _small("factored"), 4e-3),
     "lion": Rule("Lion", lambda width, seed: optax.scale_by_lion(), 4e-4),
     "sign": Rule("sign of the gradient", _stateless(jnp.sign), 2e-3),
     "one_bit_muon": Rule("Muon, momentum of one bit", _one_bit_muon(0.98), 2e-3),
     "whitened_basis": Rule(
-        "whitened, momentum in a random basis", _momentum_in_a_basis(16, 0.95), 4e-3
+        "whitened, momentum in a random basis",
+        _chain(_momentum_in_a_basis(16, 0.95), _swan),
+        4e-3,
     ),
     "apollo_whitened": Rule(
-        "APOLLO, r = 1/8, then whitened", _chain(_apollo(_eighth), _stateless(_whitened)), 4e-3
+        "APOLLO, r = 1/8, then whitened", _chain(_apollo(_eighth), _swan), 4e-3
     ),
     "apollo_orthogonalized": Rule(
         "APOLLO, r = 1/8, then orthogonalized",
@@ -332,60 +329,28 @@ def _normalized_momentum(factor: float) -> Make:
     return make
 
 
-def _factored_with_momentum(dtype: Any) -> Make:
-    """Adam with a factored second moment: its first over the root of the other."""
-
-    def make(width: int, seed: Any) -> optax.GradientTransformation:
-        second, first = _factored(width, seed), optax.ema(0.9, accumulator_dtype=dtype)
-
-        def init(params: PyTree) -> tuple[Any, Any]:
-            return first.init(params), second.init(params)
-
-        def update(
-            updates: PyTree, state: tuple[Any, Any], params: PyTree | None = None
-        ) -> tuple[PyTree, tuple[Any, Any]]:
-            momentum, of_first = first.update(updates, state[0], params)
-            scaled, of_second = second.update(updates, state[1], params)
-            directions = jax.tree.map(
-                lambda m, u, g: m.astype(jnp.float32) * jnp.where(g == 0, 0, u / g),
-                momentum,
-                scaled,
-                updates,
-            )
-            return directions, (of_first, of_second)
-
-        return optax.GradientTransformation(init, update)
-
-    return make
-
-
 VOCABULARY: Mapping[str, Rule] = {
     "adam": Rule("Adam", _adam, 3e-2),
-    "factored": Rule("factored second moment", _factored, 3e-2),
+    "factored": Rule("factored second moment", _small("factored"), 3e-2),
     "token": Rule("second moment a token, b2 = 0.999", _token_moment(0.999), 3e-2),
     "token_fast": Rule("second moment a token, b2 = 0.99", _token_moment(0.99), 3e-2),
     "factored_momentum": Rule(
-        "factored, with momentum (bfloat16)",
-        lambda width, seed: apollo_optax.scale_by_apollo(
-            vocabulary="factored_momentum",
-            weight_dimension_numbers=lambda params: jax.tree.map(lambda _: None, params),
-        ),
-        3e-2,
+        "factored, with momentum (bfloat16)", _small("factored_momentum"), 3e-2
     ),
-    "head_adam": Rule("embedding factored, head Adam", _of_both(_factored, _adam), 3e-2),
+    "head_adam": Rule("embedding factored, head Adam", _of_both(_small("factored"), _adam), 3e-2),
     "head_momentum": Rule(
         "embedding factored, head momentum (bfloat16) by token",
-        _of_both(_factored, _normalized_momentum(1.0)),
+        _of_both(_small("factored"), _normalized_momentum(1.0)),
         3e-2,
     ),
     "head_momentum_quarter": Rule(
         "embedding factored, head momentum (bfloat16) by token at a quarter of the rate",
-        _of_both(_factored, _normalized_momentum(0.25)),
+        _of_both(_small("factored"), _normalized_momentum(0.25)),
         3e-2,
     ),
     "head_factored_momentum": Rule(
         "factored, head with momentum (bfloat16)",
-        _of_both(_factored, _factored_with_momentum(jnp.bfloat16)),
+        _of_both(_small("factored"), _small("factored_momentum")),
         3e-2,
     ),
     "apollo": Rule("APOLLO, r = 1/4", _apollo(lambda width: width // 4), 0.25),

@@ -20,7 +20,7 @@ __all__ = ["LANES", "SETTINGS", "Setting", "Texts", "Trial", "load_texts", "stat
 
 VOCABULARY_SIZE, SEQUENCE_LENGTH = 1024, 128
 LANES = 12
-"""Models in one program on an accelerator; a CPU trains them one after another."""
+"""Models in one program on an accelerator."""
 _WARMUP, _FINAL_RATE = 0.3, 0.1
 _VALIDATION_SEQUENCES, _VALIDATION_BATCH = 1024, 64
 
@@ -185,20 +185,23 @@ def _train_all(
 
 
 def train(
-    setting: Setting, hidden: str, vocabulary: str, trials: list[Trial], texts: Texts
+    setting: Setting,
+    hidden: str,
+    vocabulary: str,
+    trials: list[Trial],
+    texts: Texts,
+    lanes: int,
 ) -> list[float | None]:
-    """Trains a model a trial, up to `LANES` in one program.
+    """Trains a model a trial, `lanes` of them in one program.
 
     Returns:
       Their validation losses in nats a token, None of one that diverged.
     """
     losses: list[float | None] = []
-    lanes_at_once = 1 if jax.default_backend() == "cpu" else LANES
-    for first in range(0, len(trials), lanes_at_once):
-        chosen = trials[first : first + lanes_at_once]
-        # One program for any number.
-        filled = [*chosen, *[chosen[-1]] * (lanes_at_once - len(chosen))]
-        lanes: Any = jax.tree.map(lambda *values: jnp.asarray(values), *filled)
-        found = _train_all(setting, hidden, vocabulary, lanes, *map(jnp.asarray, texts))
+    for first in range(0, len(trials), lanes):
+        chosen = trials[first : first + lanes]
+        filled = [*chosen, *[chosen[-1]] * (lanes - len(chosen))]  # one program for any number
+        together: Any = jax.tree.map(lambda *values: jnp.asarray(values), *filled)
+        found = _train_all(setting, hidden, vocabulary, together, *map(jnp.asarray, texts))
         losses += [float(x) if math.isfinite(x) else None for x in found[: len(chosen)]]
     return losses
