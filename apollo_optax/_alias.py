@@ -1,15 +1,17 @@
 """APOLLO, APOLLO-Mini and SWAN: the transformation with weight decay and a learning rate."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from apollo_optax._apollo import Granularity, Implementation, scale_by_apollo
 from apollo_optax._arguments import require_number
-from apollo_optax._leaves import Vocabulary, is_full_size
+from apollo_optax._leaves import FACTORED_SIDE, Vocabulary, is_full_size
 from apollo_optax._matrices import WeightDimensionNumbers, axes_of_each_leaf
 from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import Path, named_leaves
@@ -172,7 +174,19 @@ def _decay_and_learning_rate(
         "other": optax.chain(*chain(rate_of_others, other_decay)),
         "vocabulary": optax.chain(*chain(rate_of_vocabulary, other_decay)),
     }
-    return (optax.partition(chains, labels),)
+    partition = optax.partition(chains, labels)
+
+    def init(params: PyTree) -> optax.OptState:
+        kinds = set(jax.tree.leaves(labels(params)))
+        if other_rates[1] is not None and kinds and "vocabulary" not in kinds:
+            warnings.warn(
+                f"vocabulary_learning_rate reaches no leaf: none but matrices has {FACTORED_SIDE} "
+                f"indices or more on its last two axes. Give smaller leaves adam_learning_rate.",
+                stacklevel=3,
+            )
+        return partition.init(params)
+
+    return (optax.GradientTransformationExtraArgs(init, partition.update),)
 
 
 def apollo_mini(

@@ -21,6 +21,7 @@ from apollo_optax._arguments import (
 from apollo_optax._boxes import with_axis_names
 from apollo_optax._keys import key_data, require_key, wrap_like
 from apollo_optax._leaves import (
+    MANY_WEIGHTS,
     Hyperparameters,
     LeafState,
     ScaleByApolloState,
@@ -36,6 +37,7 @@ from apollo_optax._leaves import (
     require_state_of,
     require_vocabulary,
     state_shapes,
+    warn_of_whole_moments,
 )
 from apollo_optax._limiter import NORM_EPS, limit_growth
 from apollo_optax._matrices import (
@@ -65,8 +67,6 @@ from apollo_optax._projections import (
 # (R_tilde, R), both (rank, *channel), to one factor a channel.
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
-# A leaf or leaves of fewer weights take a few megabytes of state at most.
-_MANY_WEIGHTS = 1 << 20
 # (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
 Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 
@@ -265,6 +265,7 @@ def scale_by_apollo(
         require_real_floating(named)
         axes = axes_of_each_leaf(weight_dimension_numbers, params)
         _warn_of_whole_ranks(named, axes, rank)
+        warn_of_whole_moments(named, axes, vocabulary)
         matrices = [(leaf, matrix) for path, leaf in named if (matrix := axes[path])]
         _check_functions(granularity, projection, matrices, rank)
         leaves = {
@@ -360,7 +361,7 @@ def _warn_of_whole_ranks(
         if (matrix := axes[path]) and rank >= side(leaf.shape, matrix.projected)
     ]
     size = sum(leaf.size for _, leaf in whole)
-    if size < _MANY_WEIGHTS:
+    if size < MANY_WEIGHTS:
         return
     path, leaf = max(whole, key=lambda item: item[1].size)
     smaller = side(leaf.shape, axes[path].projected)  # type: ignore[union-attr]

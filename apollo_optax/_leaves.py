@@ -1,5 +1,6 @@
 """What is kept of each leaf, and the rules of those that are not matrices."""
 
+import warnings
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -18,7 +19,9 @@ from apollo_optax._placement import (
 
 Vocabulary = Literal["adam", "factored", "factored_momentum"]
 # Adafactor's: a leaf with fewer indices is so small that its moments do not matter.
-_FACTORED_SIDE = 128
+FACTORED_SIDE = 128
+# A leaf or leaves of fewer weights take a few megabytes of state at most.
+MANY_WEIGHTS = 1 << 20
 _CHILD = "array"
 
 
@@ -170,7 +173,28 @@ def require_mu_dtype(mu_dtype: Any) -> None:
 
 def is_full_size(shape: tuple[int, ...], axes: MatrixAxes | None) -> bool:
     """Whether Adam's moments of a leaf would matter: an embedding table or a head, as a rule."""
-    return axes is None and len(shape) > 1 and min(shape[-2:]) >= _FACTORED_SIDE
+    return axes is None and len(shape) > 1 and min(shape[-2:]) >= FACTORED_SIDE
+
+
+def warn_of_whole_moments(
+    named: list[tuple[Path, Any]], axes: dict[Path, MatrixAxes | None], vocabulary: Vocabulary
+) -> None:
+    """Warns once of leaves that are too narrow for a small rule, where their moments matter."""
+    left = [
+        (path, leaf)
+        for path, leaf in named
+        if axes[path] is None and leaf.ndim > 1 and not is_full_size(leaf.shape, None)
+    ]
+    size = sum(leaf.size for _, leaf in left)
+    if vocabulary == "adam" or size < MANY_WEIGHTS:
+        return
+    path, leaf = max(left, key=lambda item: item[1].size)
+    warnings.warn(
+        f"vocabulary={vocabulary!r} is for leaves whose last two axes have {FACTORED_SIDE} indices "
+        f"or more: {spell(path)} {tuple(leaf.shape)} and others, of {size:,} weights together, "
+        f"keep Adam's two moments. To keep less, project them: give them dimension numbers.",
+        stacklevel=4,
+    )
 
 
 def state_shapes(

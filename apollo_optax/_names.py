@@ -142,8 +142,8 @@ def warn_of_adams_state(leaves: list[tuple[Path, Any]], why: str) -> None:
     named = ", ".join(f"{spell(path)} {tuple(leaf.shape)}" for path, leaf in leaves[:3])
     more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
     warnings.warn(
-        f"{named}{more} have {why}: they are trained with Adam, whose moments take "
-        f"{moment_bytes:,} bytes. To project them, pass as weight_dimension_numbers what "
+        f"{named}{more} have {why}: they are no matrices, and with Adam their moments "
+        f"take {moment_bytes:,} bytes. To project them, pass as weight_dimension_numbers what "
         f"infer_dimension_numbers(forward, params, *inputs) reads off the model, or what "
         f"dimension_numbers_from_rules makes, or ApolloDimensionNumbers(reduction_axis=-2, "
         f"output_axis=-1) for stacks of (in, out). An entry of None says that Adam is meant.",

@@ -24,6 +24,7 @@ from apollo_optax._leaves import (
     require_state_of,
     require_vocabulary,
     state_shapes,
+    warn_of_whole_moments,
 )
 from apollo_optax._matrices import (
     MatrixAxes,
@@ -137,6 +138,7 @@ def scale_by_swan(
             return ScaleByApolloState(count, key, params, params, params)
         require_real_floating(named)
         axes = axes_of_each_leaf(weight_dimension_numbers, params)
+        warn_of_whole_moments(named, axes, vocabulary)
         leaves = {
             path: init_leaf(leaf, axes[path], _NOTHING_KEPT, mu_dtype, vocabulary)
             for path, leaf in named

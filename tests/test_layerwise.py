@@ -114,6 +114,30 @@ def test_llama_trains_as_by_the_ordinary_step(name):
     assert_same_training(LLAMA, OPTIMIZERS[name](), llama_params(), BATCHES)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", ["factored", "factored_momentum"])
+@pytest.mark.parametrize("name", ["apollo_mini", "swan"])
+def test_small_rules_of_the_vocabulary_train_as_by_the_ordinary_step(name, vocabulary):
+    config = LlamaConfig(
+        vocab_size=160, hidden_size=128, intermediate_size=64, num_layers=2, num_heads=2
+    )
+    model = layerwise.LayerwiseModel(
+        embed=lambda rest, batch: llama.embed(config, rest, batch[:, :-1], jnp.float32),
+        block=functools.partial(llama.block, config),
+        loss=lambda rest, x, batch: jnp.mean(
+            llama.cross_entropy(llama.logits(config, rest, x), batch[:, 1:])
+        ),
+    )
+    params = llama.init_params(config, 0)
+    make = getattr(apollo_optax, name)
+    # An entry whose gradient is near its rounding has an update of the rate's size all the same.
+    tx = make(0.001, vocabulary=vocabulary, vocabulary_learning_rate=0.002, **SPECS)
+    given = {"blocks": params.pop("blocks"), "rest": params}
+    state = tx.init(given)
+    assert state[0].nu["rest"]["embed"]["embedding"].shape == (160,)
+    assert_same_training(model, tx, given, BATCHES[:4], tolerance=1e-5)
+
+
 @pytest.mark.parametrize(
     "policy",
     [

@@ -117,6 +117,23 @@ def test_factors_of_a_table_follow_its_rows_and_columns(rule, axis_type):
     assert "all-gather" not in str(compiled.as_text())
 
 
+@pytest.mark.parametrize("rule", ["factored", "factored_momentum"])
+def test_a_table_trains_on_a_mesh_as_on_one_device(rule):
+    mesh, tx = mesh_of(fsdp=4, tensor=2), scale_by_apollo(4, vocabulary=rule)
+    grads = [{"embed": jax.random.normal(jax.random.key(n), (256, 128))} for n in range(3)]
+    placed = NamedSharding(mesh, P("tensor", "fsdp"))
+
+    def trained(place):
+        update, state = jax.jit(tx.update), tx.init(place(grads[0]))
+        for g in grads:
+            updates, state = update(place(g), state)
+        return jax.device_get((updates, state))
+
+    alone, on_mesh = trained(lambda g: g), trained(lambda g: jax.device_put(g, placed))
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(on_mesh), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("spec", "gathers"),
     [(("fsdp",), False), ((None, "fsdp"), True), ((None, "fsdp", "tensor"), True)],

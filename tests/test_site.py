@@ -114,6 +114,18 @@ def test_figures_of_the_update_in_the_text_are_those_of_the_results() -> None:
     assert f"with the kernel it moves {1 - kernel / adamw:.0%} less" in page
 
 
+def test_figures_of_the_update_on_an_accelerator_in_the_text_are_those_of_the_results() -> None:
+    path = RESULTS / "accelerator_step_time.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    of_7b = {row["optimizer"]: row for row in rows if row.get("model") == "7b"}
+    adamw, page = of_7b["optax.adamw"], words_of(DOCS / "benchmarks.md")
+    rate = adamw["gigabytes_moved"] / adamw["step_seconds"] / 1e3
+    assert f"AdamW's update of 7B reads and writes {rate:.1f} TB a second" in page
+    mini, apollo = (of_7b[name]["over_adamw"] for name in ("APOLLO-Mini", "APOLLO"))
+    assert f"APOLLO-Mini takes {mini:.2f} of its time" in page
+    assert f"APOLLO at rank 256 takes {apollo:.2f}" in page
+
+
 def test_figures_of_the_micro_batch_in_the_text_are_those_of_the_results() -> None:
     rows = json.loads((RESULTS / "largest_micro_batch.json").read_text(encoding="utf-8"))["rows"]
     cell = ("adamw", "standard", "f32", 256)

@@ -20,6 +20,7 @@ from benchmarks.frontier.training import LANES, Setting, Texts, Trial
 from benchmarks.rows import RESULTS, read_rows
 
 PAIR = Pair("1m", "whitened", "factored")
+ROOT = Path(__file__).parents[2]
 ROWS = read_rows(RESULTS / "frontier.json")
 
 
@@ -112,6 +113,10 @@ def test_what_the_page_says_of_the_frontier_holds():
     smallest = found["whitened", "factored"]
     assert smallest.over_adamw < 0.0025
     assert smallest.mean < adamw.mean
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"ends below AdamW at {smallest.over_adamw:.1%} of its state" in readme
+    assert muon.mean == min(result.mean for result in found.values())
+    assert f"Muon has the lowest loss, at {muon.over_adamw:.0%}" in readme
     with_momentum = found["whitened", "head_factored_momentum"]
     assert with_momentum.over_adamw < 0.03
     assert with_momentum.mean < muon.mean + 0.03

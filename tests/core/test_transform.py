@@ -11,6 +11,7 @@ import pytest
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers, apollo, limit_norm_growth, scale_by_apollo, svd
+from apollo_optax._matrices import matrix_axes, project
 
 STACKED = ApolloDimensionNumbers(-2, -1)
 
@@ -356,6 +357,21 @@ def test_more_than_two_axes_without_a_specification_is_adam_and_warned_of():
     ):
         state = scale_by_apollo(4).init({"qkv": jnp.zeros((2, 6, 9))})
     assert state.mu["qkv"].shape == (2, 6, 9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_the_projection_is_a_product_of_the_gradients_dtype_accumulated_in_float32(dtype):
+    axes = matrix_axes(ApolloDimensionNumbers(-2, -1), (3, 16, 24), ("w",))
+    P, G = normal(3, 4, 16), normal(3, 16, 24, seed=1, dtype=dtype)
+    (product,) = (
+        equation
+        for equation in jax.make_jaxpr(lambda P, G: project(P, G, axes))(P, G).jaxpr.eqns
+        if equation.primitive.name == "dot_general"
+    )
+    assert {operand.aval.dtype for operand in product.invars} == {jnp.dtype(dtype)}
+    assert product.outvars[0].aval.dtype == jnp.float32
+    exact = jnp.einsum("brm,bmn->brn", P.astype(dtype).astype(jnp.float32), G.astype(jnp.float32))
+    np.testing.assert_allclose(project(P, G, axes), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

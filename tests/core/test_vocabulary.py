@@ -143,6 +143,21 @@ def test_the_vocabulary_has_a_learning_rate_of_its_own(make, rule):
     np.testing.assert_allclose(found["embed"], 2 * plain["embed"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [scale_by_apollo, scale_by_swan])
+def test_a_large_leaf_too_narrow_for_the_rule_is_warned_of(make):
+    params = {"embed": jax.ShapeDtypeStruct((20_000, 64), jnp.float32)}
+    with pytest.warns(UserWarning, match=r"embed \(20000, 64\) .* keep Adam's two moments"):
+        jax.eval_shape(make(vocabulary="factored").init, params)
+    jax.eval_shape(make(vocabulary="adam").init, params)  # as asked for: no warning
+
+
+def test_a_rate_that_reaches_no_leaf_is_warned_of():
+    tx = swan(0.01, vocabulary_learning_rate=0.1)
+    with pytest.warns(UserWarning, match="vocabulary_learning_rate reaches no leaf"):
+        tx.init({"kernel": jnp.zeros((128, 256)), "embed": jnp.zeros((256, 64))})
+    tx.init({"kernel": jnp.zeros((128, 256)), "embed": jnp.zeros((256, 128))})
+
+
 @pytest.mark.parametrize("make", [apollo, apollo_mini, swan])
 def test_an_unknown_rule_is_named(make):
     with pytest.raises(ValueError, match="vocabulary must be .*'factored'.*got 'row'"):
