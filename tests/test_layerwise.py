@@ -36,7 +36,7 @@ OPTIMIZERS = {
     "apollo_mini": lambda: apollo_optax.apollo_mini(
         0.001, update_proj_gap=5, scale=1.0, **SPECS, weight_decay=0.1
     ),
-    "swan": lambda: apollo_optax.swan(0.001, **SPECS, vocabulary_learning_rate=0.1),
+    "swan": lambda: apollo_optax.swan(0.001, **SPECS, adam_learning_rate=0.01),
     "adamw": lambda: optax.adamw(optax.linear_schedule(0.01, 0.0, 30), weight_decay=0.1),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9),
     "injected": lambda: optax.inject_hyperparams(optax.adamw)(0.01, weight_decay=0.1),
