@@ -86,17 +86,16 @@ class FineTuning(NamedTuple):
     tx: optax.GradientTransformation
 
 
-class _Unrolled(nnx.Module):
+class _Unrolled(model.Llama):
     """LLaMA with a module a layer, for qwix, which puts LoRA into modules."""
 
     def __init__(self, config: LlamaConfig, params: model.Params, rngs: nnx.Rngs):
-        stacked = model.Llama(config, rngs=rngs)
-        self.embed, self.norm, self.lm_head = stacked.embed, stacked.norm, stacked.lm_head
+        super().__init__(dataclasses.replace(config, num_layers=1), rngs=rngs)
         self.blocks = nnx.List(
             model.Block(config, param_dtype=jnp.float32, dtype=jnp.float32, rngs=rngs)
             for _ in range(config.num_layers)
         )
-        for name in ("embed", "norm", "lm_head"):
+        for name in params.keys() - {"blocks"}:
             nnx.update(getattr(self, name), params[name])
         for number, block in enumerate(self.blocks):
             nnx.update(block, jax.tree.map(lambda x, i=number: x[i], params["blocks"]))
@@ -105,7 +104,7 @@ class _Unrolled(nnx.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.lm_head(self.norm(x)).astype(jnp.float32)
+        return self.logits(x)
 
 
 def _settings(method: Method, learning_rate: float, seed: int) -> OptimizerSettings:

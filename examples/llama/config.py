@@ -51,7 +51,7 @@ class LlamaConfig:
     """The shape of a LLaMA model.
 
     Attributes:
-        vocab_size: rows of the embedding and columns of the output head, which are not tied.
+        vocab_size: rows of the embedding and columns of the output head.
         hidden_size: width of the residual stream.
         intermediate_size: width inside the SwiGLU feed-forward layer.
         num_layers: number of blocks.
@@ -61,6 +61,7 @@ class LlamaConfig:
         rope_theta: base of the rotary wavelengths.
         rms_norm_eps: added to the mean square in RMSNorm.
         rope_scaling: LLaMA 3.1's stretching of the rotary wavelengths, or None.
+        tied: whether the output head is the embedding, one parameter for both.
 
     Raises:
         ValueError: if a size is not positive or the sizes do not divide as attention needs.
@@ -78,13 +79,14 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     rope_scaling: RopeScaling | None = None
+    tied: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "rope_scaling" and not value > 0:
+            if field.name not in ("rope_scaling", "tied") and not value > 0:
                 raise ValueError(f"{field.name} is {value}; a LLaMA model needs a positive one.")
         if self.hidden_size % self.num_heads:
             raise ValueError(
@@ -148,7 +150,8 @@ def parameter_count(config: LlamaConfig) -> int:
     >>> parameter_count(MODELS["60m"])
     58073600
     """
-    return 2 * config.vocab_size * config.hidden_size + non_embedding_parameter_count(config)
+    tables = 1 if config.tied else 2
+    return tables * config.vocab_size * config.hidden_size + non_embedding_parameter_count(config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""LLaMA checkpoints in Hugging Face's format, read and written.
+"""LLaMA checkpoints: Hugging Face's format read and written, llama.cpp's GGUF read.
 
-A checkpoint is a folder with `config.json` and the tensors in `model.safetensors`, or in several
-such files that `model.safetensors.index.json` lists. Hugging Face stores one tensor for each layer
-and matrices as (out, in); ours are stacked over the layers and (in, out).
+A checkpoint of Hugging Face's format is a folder with `config.json` and the tensors in
+`model.safetensors`, or in several such files that `model.safetensors.index.json` lists. Hugging
+Face stores one tensor for each layer and matrices as (out, in); ours are stacked over the layers
+and (in, out).
 """
 
 import functools
 import json
 import operator
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,11 @@ import safetensors
 import safetensors.numpy
 
 from examples.llama.config import LlamaConfig, RopeScaling
+from examples.llama.gguf_file import SUFFIX as GGUF
+from examples.llama.gguf_file import GgufFile
 from examples.llama.model import Params, init_params
 
-__all__ = ["StoredModel", "describe_llama", "load_llama", "save_llama"]
+__all__ = ["StoredModel", "checkpoint_file", "describe_llama", "load_llama", "save_llama"]
 
 _TENSOR_NAMES = {
     "embed.embedding": "model.embed_tokens.weight",
@@ -70,23 +72,40 @@ class StoredModel(NamedTuple):
     longest_context: int | None = None
 
 
+def checkpoint_file(checkpoint: Path, name: str) -> bytes | None:
+    """Returns a file of the tokenizer: of a folder, or what a GGUF file has in its place.
+
+    Args:
+        checkpoint: a folder of Hugging Face's format, or a GGUF file.
+        name: of the file, such as "tokenizer.json".
+
+    Returns:
+        The content; None if there is no such file.
+    """
+    if checkpoint.suffix == GGUF:
+        return GgufFile(checkpoint).files().get(name)
+    path = checkpoint / name
+    return path.read_bytes() if path.is_file() else None
+
+
 def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
-    """Checks a LLaMA checkpoint of Hugging Face's format, and reads no weights.
+    """Checks a LLaMA checkpoint, a folder of Hugging Face's format or a GGUF file.
+
+    No weights are read.
 
     Raises:
         ValueError: if the folder holds no such checkpoint, if its configuration needs what `Llama`
             does not have (the field is named), or if a tensor is missing or has another shape or
             a dtype that is not floating-point (the tensor is named).
     """
-    config, tensors = _open_checkpoint(Path(folder))
+    config, stored = _open_checkpoint(Path(folder))
     for path, expected in jax.tree.leaves_with_path(_expected_leaves(config)):
         leaf_name = _leaf_name(path)
         for layer in range(config.num_layers) if leaf_name.startswith("blocks.") else [0]:
-            dtype = tensors.check(leaf_name, expected, layer)
+            dtype = _check_tensor(stored, leaf_name, expected, layer)
             if leaf_name == "embed.embedding":
-                stored = dtype
-    context = _read_json(Path(folder) / "config.json").get("max_position_embeddings")
-    return StoredModel(config, stored, context)
+                embedding_dtype = dtype
+    return StoredModel(config, embedding_dtype, stored.settings.get("max_position_embeddings"))
 
 
 def load_llama(
@@ -95,12 +114,12 @@ def load_llama(
     convert: Callable[[Params], Params] = lambda params: params,
     shardings: Params | None = None,
 ) -> tuple[LlamaConfig, Params]:
-    """Reads a LLaMA checkpoint of Hugging Face's format, one parameter after another.
+    """Reads a LLaMA checkpoint, one parameter after another.
 
     The host's memory holds one converted parameter of all layers, and one tensor of the checkpoint.
 
     Args:
-        folder: the checkpoint's folder. A head tied to the embedding is copied from it.
+        folder: the checkpoint: a folder of Hugging Face's format, or a GGUF file.
         convert: applied to one tensor at a time, in the nested dict of its names within a layer (or
             outside of the layers), such as a quantization; in the dtype in which it is stored.
         shardings: where each converted parameter goes; the default device if None.
@@ -111,7 +130,7 @@ def load_llama(
     Raises:
         ValueError: as `describe_llama`.
     """
-    config, tensors = _open_checkpoint(Path(folder))
+    config, stored = _open_checkpoint(Path(folder))
 
     def load_leaf(path: jax.tree_util.KeyPath, expected: jax.ShapeDtypeStruct) -> Any:
         leaf_name = _leaf_name(path)
@@ -120,7 +139,7 @@ def load_llama(
         names = whole_path[layered:]
         whole = None
         for layer in range(config.num_layers) if layered else [0]:
-            tensor = tensors.read(leaf_name, expected, layer)
+            tensor = _read_tensor(stored, leaf_name, expected, layer)
             converted = jax.device_get(_at(convert(_nested(names, tensor)), names))
             if not layered:
                 whole = converted
@@ -155,8 +174,7 @@ def save_llama(
         params: as `init_params` lays them out.
         like: the checkpoint that the model was loaded from. Everything but the weights is then as
             it is there: the dtype of each tensor, all of `config.json`, and the other files, such
-            as those of tokenizer, chat template and generation. Only a head that was tied to the
-            embedding is not, since the two were trained apart. If None, tensors keep the dtypes of
+            as those of tokenizer, chat template and generation. If None, tensors keep the dtypes of
             `params`, and `config.json` names no ids of begin and end.
 
     Raises:
@@ -171,7 +189,9 @@ def save_llama(
         template = _TENSOR_NAMES[leaf_name]
         array = np.asarray(leaf)
         for layer, tensor in enumerate(array if "{layer}" in template else [array]):
-            dtype = tensor.dtype if stored is None else stored.check(leaf_name, leaf, layer)
+            dtype = (
+                tensor.dtype if stored is None else _check_tensor(stored, leaf_name, leaf, layer)
+            )
             # safetensors writes the memory as it lies, whatever the strides say.
             tensors[template.format(layer=layer)] = np.ascontiguousarray(
                 _transposed(leaf_name, tensor), jnp.dtype(dtype)
@@ -181,27 +201,13 @@ def save_llama(
     # Older transformers refuse a file that does not name a framework.
     metadata = {"format": "pt"}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata)
-    if like is None:
+    if stored is None:
         settings = _settings_from_config(config, params["embed"]["embedding"].dtype.name)
     else:
-        settings = _read_json(Path(like) / "config.json")
-        if settings.get("tie_word_embeddings"):
-            settings["tie_word_embeddings"] = False
-        for file in _files_beside_weights(Path(like)):
-            shutil.copyfile(file, folder / file.name)
+        settings = stored.settings
+        for name, content in stored.files().items():
+            (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _files_beside_weights(folder: Path) -> list[Path]:
-    """The files of a checkpoint that are neither weights, in any framework's format, nor hidden."""
-    return [
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix not in _WEIGHTS
-        and not path.name.endswith(".index.json")
-        and not path.name.startswith(".")
-    ]
 
 
 def _leaf_name(path: jax.tree_util.KeyPath) -> str:
@@ -259,6 +265,7 @@ def _config_from_settings(settings: dict[str, Any]) -> LlamaConfig:
         rope_theta=theta,
         rms_norm_eps=settings.get("rms_norm_eps", 1e-6),
         rope_scaling=scaling,
+        tied=bool(settings.get("tie_word_embeddings", False)),
     )
     if settings.get("head_dim") not in (None, config.head_dim):
         raise ValueError(
@@ -311,7 +318,7 @@ def _settings_from_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied,
         "torch_dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -329,48 +336,74 @@ def _settings_from_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     return settings
 
 
-class _Tensors(NamedTuple):
-    """The tensors of a checkpoint: the file of each, and the name that each parameter has there."""
+class _Folder:
+    """A folder of Hugging Face's format. `GgufFile` has the same methods.
 
-    files: dict[str, Path]
-    names: dict[str, str]
+    Attributes:
+      settings: The content of `config.json`.
+    """
 
-    def check(self, leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int) -> str:
-        """Returns the dtype of a tensor that has the shape it should have."""
-        name = self.names[leaf_name].format(layer=layer)
-        if name not in self.files:
-            raise ValueError(f"the checkpoint has no tensor {name}; its config.json implies it.")
-        shape = expected.shape[leaf_name.startswith("blocks.") :]
-        shape = shape[::-1] if leaf_name.endswith(".kernel") else shape
-        with _open(self.files[name]) as tensors:
+    def __init__(self, path: Path):
+        self.settings = _read_json(path / "config.json")
+        self._path, self._file_of = path, _tensor_files(path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Returns a tensor's shape, and its dtype as safetensors names it."""
+        with _open(self._file_of[name]) as tensors:
             header = tensors.get_slice(name)
-        if tuple(header.get_shape()) != shape:
-            raise ValueError(
-                f"the tensor {name} has the shape {tuple(header.get_shape())}; config.json implies "
-                f"{shape}."
-            )
-        if header.get_dtype() not in _FLOATS:
-            raise ValueError(
-                f"the tensor {name} is {header.get_dtype()}; supported are {', '.join(_FLOATS)}, "
-                "without quantization."
-            )
-        return _FLOATS[header.get_dtype()]
+        return tuple(header.get_shape()), header.get_dtype()
 
-    def read(self, leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int) -> np.ndarray:
-        """Returns a tensor as `init_params` lays it out."""
-        self.check(leaf_name, expected, layer)
-        name = self.names[leaf_name].format(layer=layer)
-        with _open(self.files[name]) as tensors:
-            return _transposed(leaf_name, tensors.get_tensor(name))
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor."""
+        with _open(self._file_of[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def files(self) -> dict[str, bytes]:
+        """Returns the contents of all files but the weights, in any framework's format."""
+        return {
+            path.name: path.read_bytes()
+            for path in self._path.iterdir()
+            if path.is_file()
+            and path.suffix not in _WEIGHTS
+            and not path.name.endswith(".index.json")
+            and not path.name.startswith(".")
+        }
 
 
-def _open_checkpoint(folder: Path) -> tuple[LlamaConfig, _Tensors]:
-    settings = _read_json(folder / "config.json")
-    config = _config_from_settings(settings)
-    names = dict(_TENSOR_NAMES)
-    if settings.get("tie_word_embeddings"):
-        names["lm_head.kernel"] = names["embed.embedding"]
-    return config, _Tensors(_tensor_files(folder), names)
+def _open_checkpoint(path: Path) -> tuple[LlamaConfig, "_Folder | GgufFile"]:
+    stored = GgufFile(path) if path.suffix == GGUF else _Folder(path)
+    return _config_from_settings(stored.settings), stored
+
+
+def _check_tensor(
+    stored: "_Folder | GgufFile", leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int
+) -> str:
+    """Returns the dtype of a tensor that has the shape it should have."""
+    name = _TENSOR_NAMES[leaf_name].format(layer=layer)
+    if name not in stored:
+        raise ValueError(f"the checkpoint has no tensor {name}; its config.json implies it.")
+    shape = expected.shape[leaf_name.startswith("blocks.") :]
+    shape = shape[::-1] if leaf_name.endswith(".kernel") else shape
+    given, dtype = stored.header(name)
+    if given != shape:
+        raise ValueError(f"the tensor {name} has the shape {given}; config.json implies {shape}.")
+    if dtype not in _FLOATS:
+        raise ValueError(
+            f"the tensor {name} is {dtype}; supported are {', '.join(_FLOATS)}, "
+            "without quantization."
+        )
+    return _FLOATS[dtype]
+
+
+def _read_tensor(
+    stored: "_Folder | GgufFile", leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int
+) -> np.ndarray:
+    """Returns a tensor as `init_params` lays it out."""
+    _check_tensor(stored, leaf_name, expected, layer)
+    return _transposed(leaf_name, stored.read(_TENSOR_NAMES[leaf_name].format(layer=layer)))
 
 
 def _nested(names: Sequence[str], leaf: Any) -> Any:

@@ -187,7 +187,7 @@ class Llama(nnx.Module):
     """A LLaMA language model.
 
     `embed`, `norm` and `lm_head` are plain modules; `blocks` is one `Block` whose every parameter
-    has a leading axis of layers.
+    has a leading axis of layers. A tied model has no `lm_head`.
 
     Args:
         config: the model's shape.
@@ -216,8 +216,9 @@ class Llama(nnx.Module):
         self.embed = _embedding(config, param_dtype, dtype, rngs)
         self.blocks = stacked_block(rngs)
         self.norm = _norm(config, param_dtype, dtype, rngs)
-        self.lm_head = _head(config, param_dtype, dtype, rngs)
-        self.remat = remat
+        if not config.tied:
+            self.lm_head = _head(config, param_dtype, dtype, rngs)
+        self.config, self.dtype, self.remat = config, dtype, remat
 
     def __call__(
         self, tokens: Int[Array, "batch sequence"]
@@ -228,8 +229,14 @@ class Llama(nnx.Module):
         def apply(layer: nnx.State, x: Hidden) -> Hidden:
             return nnx.merge(graphdef, layer)(x)
 
-        x = _scan_layers(apply, stacked, self.embed(tokens), remat=self.remat)
-        return _apply_head(self.lm_head, self.norm(x))
+        return self.logits(_scan_layers(apply, stacked, self.embed(tokens), remat=self.remat))
+
+    def logits(self, x: Hidden) -> Float[Array, "batch sequence vocab"]:
+        """Normalises the residual stream after the last layer and applies the head; float32."""
+        if not self.config.tied:
+            return _apply_head(self.lm_head, self.norm(x))
+        table = {"kernel": self.embed.embedding[...].T}
+        return _apply_head(_bound_head(self.config, self.dtype, table), self.norm(x))
 
 
 def init_params(
@@ -242,7 +249,8 @@ def init_params(
     """Returns the initial parameters of `Llama` as a plain nested dict of arrays.
 
     The leaves of `params["blocks"]` are stacked over the layers; the other keys are `embed`, `norm`
-    and `lm_head`. Pure, so it can be jitted, and `jax.eval_shape` gives the shapes of any model.
+    and, unless the head is tied to the embedding, `lm_head`. Pure, so it can be jitted, and
+    `jax.eval_shape` gives the shapes of any model.
 
     Args:
       config: The model's shape.
@@ -265,8 +273,10 @@ def init_params(
     embed = pure(_embedding(config, param_dtype, param_dtype, rngs))
     blocks = jax.lax.map(layer, jax.random.split(rngs(), config.num_layers))
     norm = pure(_norm(config, param_dtype, param_dtype, rngs))
-    head = pure(_head(config, param_dtype, param_dtype, rngs))
-    return {"blocks": blocks, **convert({"embed": embed, "norm": norm, "lm_head": head})}
+    rest = {"embed": embed, "norm": norm}
+    if not config.tied:
+        rest["lm_head"] = pure(_head(config, param_dtype, param_dtype, rngs))
+    return {"blocks": blocks, **convert(rest)}
 
 
 def embed(
@@ -299,11 +309,11 @@ def block(
 
 
 def logits(config: LlamaConfig, rest: Params, x: Hidden) -> Float[Array, "batch sequence vocab"]:
-    """Normalises with `rest["norm"]` and applies `rest["lm_head"]`; float32."""
-    rest = gathered({name: rest[name] for name in ("norm", "lm_head")})
-    norm = _bind(functools.partial(_norm, config, jnp.float32, x.dtype), rest["norm"])
-    head = _bind(functools.partial(_head, config, jnp.float32, x.dtype), rest["lm_head"])
-    return _apply_head(head, norm(x))
+    """Normalises with `rest["norm"]` and applies the head; float32."""
+    head = {"kernel": rest["embed"]["embedding"].T} if config.tied else rest["lm_head"]
+    needed = gathered({"norm": rest["norm"], "lm_head": head})
+    norm = _bind(functools.partial(_norm, config, jnp.float32, x.dtype), needed["norm"])
+    return _apply_head(_bound_head(config, x.dtype, needed["lm_head"]), norm(x))
 
 
 def forward(
@@ -381,6 +391,10 @@ def _head(
 ) -> nnx.Linear:
     linear = _linear(param_dtype, dtype, rngs, preferred_element_type=jnp.float32)
     return linear(config.hidden_size, config.vocab_size)
+
+
+def _bound_head(config: LlamaConfig, dtype: DTypeLike, params: Params) -> nnx.Linear:
+    return _bind(functools.partial(_head, config, jnp.float32, dtype), params)
 
 
 def _bind(make: Callable[[nnx.Rngs], ModuleT], params: Params) -> ModuleT:

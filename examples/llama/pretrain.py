@@ -17,7 +17,7 @@ from examples.llama.command_line import parse
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
 from examples.llama.files import replaced
-from examples.llama.huggingface import StoredModel, describe_llama
+from examples.llama.huggingface import StoredModel, checkpoint_file, describe_llama
 from examples.llama.interruption import caught_signals
 from examples.llama.memory import advice, require_memory
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
@@ -42,7 +42,7 @@ from examples.llama.run import (
 )
 from examples.llama.summary import optimizer_line, settings_lines, state_line, state_table
 from examples.llama.text import Text, read_text, training_batches, validation_batches
-from examples.llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from examples.llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 
 __all__ = ["Plan", "main", "prepare", "train_all"]
 
@@ -227,7 +227,11 @@ def _require_folder(flag: str, path: Path | None) -> None:
 
 
 def _model_name(config: PretrainConfig) -> str:
-    return config.model.name if config.model.load is None else config.model.load.name
+    return (
+        config.model.name
+        if config.model.load is None
+        else config.model.load.name.removesuffix(".gguf")
+    )
 
 
 def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
@@ -251,12 +255,12 @@ def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
 
 def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenizer:
     spec, load = config.data.tokenizer, config.model.load
-    if spec is None and load is not None and (load / _TOKENIZER).is_file():
-        spec = str(load)
-    elif spec is None:
-        if load is not None:
-            _require_bytes(load)
-        spec = "bytes"
+    if spec is None and load is not None:
+        content = checkpoint_file(load, _TOKENIZER)
+        if content is not None:
+            return read_tokenizer(content, str(load))
+        _require_bytes(load)
+    spec = "bytes" if spec is None else spec
     trained = folder / _TOKENIZER
     if spec.startswith("train:") and config.output.resume and trained.is_file():
         spec = str(trained)

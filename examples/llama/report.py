@@ -31,7 +31,8 @@ class RunResult:
       steps: Optimizer steps.
       tokens: Tokens predicted in all steps.
       validation_loss: Mean loss of a validation token after the last step, in nats.
-      bits_per_byte: The same loss in bits, where a token is a byte; else None.
+      loss_as_loaded: The same before the first step; None of a new model.
+      bits_per_byte: The validation loss in bits, where a token is a byte; else None.
       state_bytes: Bytes of all arrays of the optimizer's state.
       parameter_bytes: Bytes of all parameters.
       step_milliseconds: Median time of a step; None if none was taken.
@@ -51,12 +52,13 @@ class RunResult:
     step_milliseconds: float | None
     skipped_steps: int = 0
     sample: str = ""
+    loss_as_loaded: float | None = None
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         """Exponential of the validation loss."""
-        return math.exp(min(self.validation_loss, 700.0))
+        return _perplexity(self.validation_loss)
 
     @property
     def state_per_parameter(self) -> float:
@@ -77,6 +79,24 @@ _COLUMNS: dict[str, Callable[[RunResult], str]] = {
 }
 
 
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _rows(results: Sequence[RunResult]) -> list[list[str]]:
+    """The cells of a row for each run, after one for the model as it was loaded."""
+    rows = [[show(result) for show in _COLUMNS.values()] for result in results]
+    before = results[0].loss_as_loaded if results else None
+    if before is not None:
+        known = {
+            "optimizer": "as loaded",
+            "validation loss": f"{before:.4f}",
+            "perplexity": f"{_perplexity(before):.3f}",
+        }
+        rows.insert(0, [known.get(name, "-") for name in _COLUMNS])
+    return rows
+
+
 def results_table(results: Sequence[RunResult]) -> rich.table.Table:
     """Returns the table of the runs, for a terminal."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -85,8 +105,8 @@ def results_table(results: Sequence[RunResult]) -> rich.table.Table:
         header = name.replace(" ", "\n", 1)
         justify: Literal["left", "right"] = "left" if name == "optimizer" else "right"
         table.add_column(header, justify=justify, no_wrap=True)
-    for result in results:
-        table.add_row(*(show(result) for show in _COLUMNS.values()))
+    for row in _rows(results):
+        table.add_row(*row)
     return table
 
 
@@ -95,7 +115,7 @@ def results_markdown(results: Sequence[RunResult]) -> str:
     rows = [
         list(_COLUMNS),
         ["---", *["---:"] * (len(_COLUMNS) - 1)],
-        *([show(result) for show in _COLUMNS.values()] for result in results),
+        *_rows(results),
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

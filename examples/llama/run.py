@@ -248,6 +248,10 @@ def train_run(
         evaluate_every = options.evaluate_every or max(1, steps // 5)
         validation_loss, save_is_due = None, False
         began = time.perf_counter() - seconds_before
+        if settings.load is not None and int(state.step) == 0:
+            loss_as_loaded = validation_loss_of(state.params)
+            write({"step": 0, "validation_loss": loss_as_loaded})
+            show.evaluation(0, loss_as_loaded)
         for step in range(int(state.step) + 1, steps + 1):
             step_began = times.begin()
             state, outcome = take_step(state, next(batches)["tokens"])
@@ -297,7 +301,8 @@ def _open_outputs(
             open_checkpoints(run.folder / _CHECKPOINTS, keep=options.keep)
         )
         write = stack.enter_context(
-            open_metrics(run.folder, steps_done=done, tensorboard=options.tensorboard)
+            # Before the first step there is nothing to keep, an evaluation neither.
+            open_metrics(run.folder, steps_done=done or -1, tensorboard=options.tensorboard)
             if writes_files()
             else contextlib.nullcontext(lambda metrics: None)
         )
@@ -490,6 +495,7 @@ def _result(
     settings = run.settings
     if validation_loss is None:  # the last step was taken before
         validation_loss = read_metrics(run.folder)[-1]["validation_loss"]
+    first = read_metrics(run.folder)[0] if writes_files() else {"step": 1}
     is_bytes = isinstance(text.tokenizer, ByteTokenizer)
     if options.export is not None:
         _export(options.export, run, state.params, text)
@@ -499,6 +505,7 @@ def _result(
         steps=settings.steps,
         tokens=settings.steps * settings.tokens_per_step,
         validation_loss=validation_loss,
+        loss_as_loaded=first["validation_loss"] if first["step"] == 0 else None,
         bits_per_byte=validation_loss / math.log(2) if is_bytes else None,
         state_bytes=tree_bytes(state.opt_state),
         parameter_bytes=tree_bytes(state.params),

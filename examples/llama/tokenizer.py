@@ -197,12 +197,24 @@ def _first_characters(documents: Iterable[str], characters: int) -> Iterator[str
 def _read(path: Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {str(path)!r}: no such file; expected {_EXPECTED}")
-    content = path.read_bytes()
+    return read_tokenizer(path.read_bytes(), str(path))
+
+
+def read_tokenizer(content: bytes, name: str) -> Tokenizer:
+    """Returns the tokenizer of the content of a tokenizer.json.
+
+    Args:
+      content: It.
+      name: Where it is from, for the error.
+
+    Raises:
+      ValueError: If it is none.
+    """
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises Exception itself
         raise ValueError(
-            f"tokenizer {str(path)!r}: not a tokenizer.json of Hugging Face's tokenizers: {error}"
+            f"tokenizer {name!r}: not a tokenizer.json of Hugging Face's tokenizers: {error}"
         ) from error
     if tokenizer.get_vocab() == _byte_vocabulary():
         return ByteTokenizer()

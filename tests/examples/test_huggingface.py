@@ -110,7 +110,7 @@ def test_a_loaded_model_is_saved_as_it_was_but_for_its_weights(folder, tmp_path,
     saved = tmp_path / "saved"
     assert {path.name for path in saved.iterdir()} == {*others, "config.json", "model.safetensors"}
     assert {name: (saved / name).read_text() for name in others} == others
-    settings = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    settings = json.loads((folder / "config.json").read_text())
     assert json.loads((saved / "config.json").read_text()) == settings
     written = load_file(saved / "model.safetensors")
     assert {str(tensor.dtype) for tensor in written.values()} == {"bfloat16", "float32"}
@@ -149,11 +149,19 @@ def test_saving_over_shards_replaces_them(folder):
     assert_equal_params(load_llama(folder)[1], params)
 
 
-def test_a_tied_head_is_the_embedding(folder):
+def test_a_tied_head_is_the_embedding(folder, tmp_path, tokens):
+    untied = load_llama(folder)[1]
     change_tensors(folder, **{"lm_head.weight": ...})
     change_settings(folder, tie_word_embeddings=True)
-    _, params = load_llama(folder)
-    np.testing.assert_array_equal(params["lm_head"]["kernel"], params["embed"]["embedding"].T)
+    config, params = load_llama(folder)
+    assert config.tied
+    assert "lm_head" not in params
+    head = {"lm_head": {"kernel": params["embed"]["embedding"].T}}
+    expected = model.forward(GROUPED, untied | head, tokens)
+    np.testing.assert_allclose(model.forward(config, params, tokens), expected, rtol=1e-5)
+    save_llama(tmp_path / "saved", config, params)
+    assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+    assert load_llama(tmp_path / "saved")[0] == config
 
 
 def test_tensors_that_llama_does_not_need_are_left_alone(folder):
@@ -356,12 +364,13 @@ def tokens():
     return np.random.default_rng(1).integers(0, GROUPED.vocab_size, (2, 100), np.int32)
 
 
+TIED = dataclasses.replace(GROUPED, tied=True)
 MULTI_HEAD = dataclasses.replace(GROUPED, num_kv_heads=4, rope_theta=10_000.0)
 CASES = {
     "multi-head": (MULTI_HEAD, {}, {}),
     "grouped": (GROUPED, {}, {}),
     "stretched": (STRETCHED, {}, {}),
-    "tied": (GROUPED, {"tie_word_embeddings": True}, {}),
+    "tied": (TIED, {"tie_word_embeddings": True}, {}),
     "sharded": (GROUPED, {}, {"max_shard_size": "4KB"}),
 }
 
@@ -381,11 +390,11 @@ def test_logits_match_transformers(tmp_path, tokens, case):
 
 
 @pytest.mark.huggingface
-@pytest.mark.parametrize("config", [MULTI_HEAD, GROUPED, STRETCHED])
+@pytest.mark.parametrize("config", [MULTI_HEAD, GROUPED, STRETCHED, TIED])
 def test_transformers_loads_what_was_saved(tmp_path, tokens, config):
     import transformers
 
-    reference = reference_model(config)
+    reference = reference_model(config, tie_word_embeddings=config.tied)
     reference.save_pretrained(tmp_path / "theirs", safe_serialization=True)
     save_llama(tmp_path / "ours", *load_llama(tmp_path / "theirs"))
     returned, loading = transformers.LlamaForCausalLM.from_pretrained(

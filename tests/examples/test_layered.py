@@ -1,6 +1,9 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from examples.llama import model
@@ -84,6 +87,22 @@ def test_layerwise_training_is_the_standard_training(name):
     np.testing.assert_allclose(
         layered.loss(states[1].params, TOKENS), standard.loss(states[0].params, TOKENS), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("weights", ["f32", "int8"])
+def test_a_tied_table_gets_the_gradient_of_both_its_uses_layer_by_layer(weights):
+    config = dataclasses.replace(CONFIG, tied=True)
+    tx = optax.sgd(1.0)
+    standard = standard_training(config, tx, dtype=jnp.float32)
+    layered = layered_training(config, tx, weights=weights, dtype=jnp.float32, rounding="nearest")
+    params = model.init_params(config, 0, convert=layered.keep)
+    floats = jax.tree.map(jnp.copy, layered.float_params(split_params(params)))
+    after, outcome = layered.step(layered.init_state(params), TOKENS)
+    expected, expected_outcome = standard.step(standard.init_state(floats), TOKENS)
+    np.testing.assert_allclose(outcome.loss, expected_outcome.loss, rtol=1e-5)
+    table = layered.float_params(after.params)["embed"]["embedding"]
+    rounding = 0.51 * np.abs(table).max() / 127 if weights == "int8" else 1e-6
+    np.testing.assert_allclose(table, expected.params["embed"]["embedding"], atol=rounding)
 
 
 @pytest.mark.parametrize("name", ["adamw", "apollo_mini"])

@@ -145,6 +145,26 @@ def test_the_module_computes_what_the_functions_do(tokens, params, dtype, remat)
     jax.tree.map(np.testing.assert_array_equal, own, params)
 
 
+def test_a_tied_model_has_one_table_whose_gradient_is_that_of_both_its_uses(params, tokens):
+    tied = dataclasses.replace(TINY, tied=True)
+    one = model.init_params(tied, 0)
+    assert "lm_head" not in one
+    assert sum(leaf.size for leaf in jax.tree.leaves(one)) == parameter_count(tied)
+    two = {**one, "lm_head": {"kernel": one["embed"]["embedding"].T}}
+    value, gradient = jax.value_and_grad(functools.partial(loss, config=tied))(one, tokens)
+    expected, apart = jax.value_and_grad(loss)(two, tokens)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    summed = apart["embed"]["embedding"] + apart.pop("lm_head")["kernel"].T
+    apart["embed"]["embedding"] = summed
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), gradient, apart)
+
+    def build():
+        return model.Llama(tied, rngs=nnx.Rngs(0))
+
+    llama = nnx.merge(nnx.graphdef(nnx.eval_shape(build)), one)
+    np.testing.assert_allclose(llama(tokens), model.forward(tied, one, tokens), atol=1e-6)
+
+
 def test_the_scan_runs_the_layers_in_order(params, tokens, logits):
     x = model.embed(TINY, params, tokens, jnp.float32)
     for layer in range(TINY.num_layers):

@@ -358,8 +358,11 @@ def test_an_exported_model_is_the_trained_one_and_can_be_trained_on(
     more = ["--load", str(exported), "--optimizer", "sgd", "--learning-rate", "1e-9"]
     code, _ = run(command(tmp_path / "run", *more))
     assert code == 0
-    before, after = read_metrics(apollo_run[0])[-1], read_metrics(tmp_path / "run")[-1]
+    before, (loaded, *_, after) = read_metrics(apollo_run[0])[-1], read_metrics(tmp_path / "run")
+    assert loaded == {"step": 0, "validation_loss": before["validation_loss"]}
     assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-5)
+    first_row = (tmp_path / "run" / "results.md").read_text().splitlines()[2]
+    assert first_row.startswith(f"| as loaded | - | {loaded['validation_loss']:.4f} |")
 
 
 @pytest.mark.slow
@@ -544,6 +547,29 @@ def test_a_run_is_not_resumed_on_another_text(
     changed.write_text(corpus.read_text().replace("square", "second power"))
     error = wrong_input(command(apollo_run[0], "--resume", "--data", str(changed)), capsys)
     assert "text_digest" in error
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)]
+)
+def test_a_tied_model_is_trained_and_exported_tied(
+    mesh: str | None, command: Command, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(TINY, tied=True)
+    save_llama(tmp_path / "model", model, init_params(model, 0))
+    flags = ["--load", str(tmp_path / "model"), "--export", str(tmp_path / "tuned")]
+    alone = command(tmp_path / "alone", *flags, "--batch", "8")
+    assert run(alone)[0] == 0
+    config, params = load_llama(tmp_path / "tuned")
+    assert config == model
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(tmp_path / "alone")["params"], params)
+    if mesh is not None:
+        meshed = command(tmp_path / "meshed", *flags, "--batch", "8", "--mesh", mesh)
+        assert run(meshed)[0] == 0
+        for ours, theirs in zip(
+            metrics(tmp_path / "meshed"), metrics(tmp_path / "alone"), strict=True
+        ):
+            assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_a_large_vocabulary_without_its_tokenizer_is_refused(

