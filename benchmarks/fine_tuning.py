@@ -91,18 +91,19 @@ class _Unrolled(model.Llama):
 
     def __init__(self, config: LlamaConfig, params: model.Params, rngs: nnx.Rngs):
         super().__init__(dataclasses.replace(config, num_layers=1), rngs=rngs)
-        self.blocks = nnx.List(
+        self.layers = nnx.List(
             model.Block(config, param_dtype=jnp.float32, dtype=jnp.float32, rngs=rngs)
             for _ in range(config.num_layers)
         )
+        del self.blocks
         for name in params.keys() - {"blocks"}:
             nnx.update(getattr(self, name), params[name])
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.layers):
             nnx.update(block, jax.tree.map(lambda x, i=number: x[i], params["blocks"]))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens)
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x)
         return self.logits(x)
 

@@ -11,17 +11,19 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grain
 
 from examples.llama import hub
 
 VALIDATION_FRACTION = 0.05
+DocumentT = TypeVar("DocumentT")
 
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
 _EXPECTED = (
     "a UTF-8 text file, a folder, a .jsonl, .jsonl.gz, .json.gz or .parquet file with a "
-    f'"text" field, or {hub.PREFIX}NAME[:CONFIG]'
+    f'"text" field, a .jsonl file of messages or prompts, or {hub.PREFIX}NAME[:CONFIG]'
 )
 # Only sources that every installation of one Python version has: no tests, no third parties.
 _NOT_LIBRARY_FOLDERS = frozenset(
@@ -142,29 +144,47 @@ def _file_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
     if not _holds_rows(path):
         yield name, path.read_text(encoding="utf-8-sig")
         return
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    rows = (
+        _parquet_rows(path)
+        if path.suffix == ".parquet"
+        else (_json_text(row, where) for row, where in json_rows(path))
+    )
     for text in rows:
         yield text, text
 
 
-def _json_rows(path: Path) -> Iterator[str]:
+def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields the objects of a JSON-lines file, each with the file's name and its line's number.
+
+    Raises:
+      ValueError: If a line is not an object, or the file is not a whole gzip file.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _json_text(line, f"{path}, line {number}")
+                    yield _json_object(line, f"{path}, line {number}")
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file: {error}") from error
 
 
-def _json_text(line: bytes, where: str) -> str:
+def holds_json_rows(path: Path) -> bool:
+    """Whether a file is named as one of JSON lines."""
+    return path.name.endswith(_JSON_LINES)
+
+
+def _json_object(line: bytes, where: str) -> tuple[dict[str, Any], str]:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error}); expected one object a line") from error
     if not isinstance(row, dict):
         raise ValueError(f'{where}: a {type(row).__name__}; expected an object with a "text" field')
+    return row, where
+
+
+def _json_text(row: dict[str, Any], where: str) -> str:
     if "text" not in row:
         raise ValueError(f'{where}: no "text" field; the fields are {sorted(row)}')
     text = row["text"]
@@ -197,9 +217,25 @@ def _parquet_rows(path: Path) -> Iterator[str]:
 
 
 def _split_by_hash(name: str, documents: Iterable[tuple[str, str]]) -> Corpus:
-    hashed = [(_hash_fraction(key), text) for key, text in documents if text.strip()]
-    if not hashed:
+    texts = [(key, text) for key, text in documents if text.strip()]
+    if not texts:
         raise ValueError(f"{name}: no text in it; expected {_EXPECTED}")
+    return Corpus(name, *split_by_hash(name, texts))
+
+
+def split_by_hash(
+    name: str, documents: Sequence[tuple[str, DocumentT]]
+) -> tuple[list[DocumentT], list[DocumentT]]:
+    """Divides documents into those to train on and those held out.
+
+    Args:
+      name: Of the corpus, for the error.
+      documents: Each with the key whose hash decides.
+
+    Raises:
+      ValueError: If all have one key.
+    """
+    hashed = [(_hash_fraction(key), document) for key, document in documents]
     fractions = sorted({fraction for fraction, _ in hashed})
     if len(fractions) < 2:
         raise ValueError(
@@ -208,10 +244,9 @@ def _split_by_hash(name: str, documents: Iterable[tuple[str, str]]) -> Corpus:
         )
     # At least the lowest is held out, and at least the highest is not.
     limit = min(max(VALIDATION_FRACTION, fractions[0]), fractions[-2])
-    return Corpus(
-        name,
-        train=[text for fraction, text in hashed if fraction > limit],
-        validation=[text for fraction, text in hashed if fraction <= limit],
+    return (
+        [document for fraction, document in hashed if fraction > limit],
+        [document for fraction, document in hashed if fraction <= limit],
     )
 
 

@@ -1,6 +1,7 @@
 """Batches of token windows: shuffled, resumable at the exact batch."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import grain
@@ -24,7 +25,8 @@ class Batch(TypedDict):
     """What an iterator yields.
 
     Position i + 1 of a row is the target of position i, so that a row of sequence + 1 tokens
-    holds `sequence` predictions.
+    holds `sequence` predictions. A token that is read but is no target is stored as `~id`, below
+    zero.
     """
 
     tokens: Int32[np.ndarray, "batch sequence_and_next"]
@@ -134,13 +136,64 @@ def token_batches(
       >>> batches.get_state()
       {'next_index': 1}
     """
-    _check_order(seed, epochs)
     windows = _windows_for_batch(tokens, sequence_length, batch_size)
-    order = grain.MapDataset.range(len(windows))
+    return row_batches(windows, batch_size=batch_size, seed=seed, shuffle=shuffle, epochs=epochs)
+
+
+def row_batches(
+    rows: Integer[np.ndarray, "rows sequence_and_next"],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+) -> grain.DatasetIterator[Batch]:
+    """Iterates over batches of rows, as `token_batches` does over those of windows."""
+    _check_order(seed, epochs)
+    _check_rows(len(rows), batch_size)
+    order = grain.MapDataset.range(len(rows))
     if shuffle:
         order = order.seed(seed).shuffle()
-    batches = order.batch(batch_size, drop_remainder=True).map(lambda i: _as_batch(windows[i]))
+    batches = order.batch(batch_size, drop_remainder=True).map(lambda i: _as_batch(rows[i]))
     return iter(batches.repeat(epochs).to_iter_dataset(_NO_THREADS))
+
+
+def example_rows(
+    examples: Sequence[Integer[np.ndarray, " tokens"]], sequence_length: int
+) -> Int32[np.ndarray, "rows sequence_and_next"]:
+    """Lays one example in each row, and fills the row up behind it.
+
+    Attention looks backwards only, so that no example sees another, nor what fills its row.
+
+    Args:
+      examples: Ids of each, `~id` for those that are read but not learned.
+      sequence_length: Predictions in a row, one less than its tokens.
+
+    Returns:
+      The rows. Those without a target are left out, and longer examples lose their end; a warning
+      counts both.
+
+    Example:
+      >>> example_rows([np.array([~7, 8, 9]), np.array([~1, 2])], sequence_length=2)
+      array([[-8,  8,  9],
+             [-2,  2, -1]], dtype=int32)
+    """
+    _check_positive("sequence_length", sequence_length)
+    cut = [np.asarray(each[: sequence_length + 1], np.int32) for each in examples]
+    rows = np.full((len(cut), sequence_length + 1), ~0, np.int32)
+    for row, ids in zip(rows, cut, strict=True):
+        row[: len(ids)] = ids
+    learned = (rows[:, 1:] >= 0).any(axis=1)
+    longer = sum(len(each) > sequence_length + 1 for each in examples)
+    if longer:
+        left_out = int((~learned).sum())
+        warnings.warn(
+            f"{longer:,} of {len(examples):,} examples are longer than {sequence_length + 1:,} "
+            f"tokens and lose their end, {left_out:,} of them all that is to be learned; the "
+            f"longest has {max(map(len, examples)):,}: choose a longer --sequence",
+            stacklevel=2,
+        )
+    return rows[learned]
 
 
 def evaluation_batches(
@@ -171,11 +224,22 @@ def evaluation_batches(
     if max_batches is not None:
         _check_positive("max_batches", max_batches)
     windows = _windows_for_batch(tokens, sequence_length, batch_size)
-    whole_batches = len(windows) // batch_size
+    return evaluation_row_batches(windows, batch_size=batch_size, max_batches=max_batches)
+
+
+def evaluation_row_batches(
+    rows: Integer[np.ndarray, "rows sequence_and_next"],
+    *,
+    batch_size: int,
+    max_batches: int | None = None,
+) -> grain.IterDataset[Batch]:
+    """Returns one pass over held-out rows, as `evaluation_batches` does over windows."""
+    _check_rows(len(rows), batch_size)
+    whole_batches = len(rows) // batch_size
     taken = batch_size * min(whole_batches, max_batches or whole_batches)
-    spread = np.arange(taken) * len(windows) // taken
+    spread = np.arange(taken) * len(rows) // taken
     batches = grain.MapDataset.source(spread).batch(batch_size)
-    return batches.map(lambda i: _as_batch(windows[i])).to_iter_dataset(_NO_THREADS)
+    return batches.map(lambda i: _as_batch(rows[i])).to_iter_dataset(_NO_THREADS)
 
 
 def streamed_batches(
@@ -281,6 +345,15 @@ def _windows_for_batch(
             "smaller --batch, a shorter --sequence or more text"
         )
     return windows
+
+
+def _check_rows(rows: int, batch_size: int) -> None:
+    _check_positive("batch_size", batch_size)
+    if rows < batch_size:
+        raise ValueError(
+            f"there are {rows:,} sequences, and one batch needs {batch_size:,}; use a smaller "
+            "--batch or more data"
+        )
 
 
 def _check_order(seed: int, epochs: int | None) -> None:

@@ -64,7 +64,7 @@ def layered_model(
     """
 
     def embed(rest: model.Params, tokens: Int[Array, "batch sequence_and_next"]) -> model.Hidden:
-        return model.embed(config, rest, tokens[:, :-1], dtype)
+        return model.embed(config, rest, model.token_ids(tokens[:, :-1]), dtype)
 
     def loss(
         rest: model.Params, x: model.Hidden, tokens: Int[Array, "batch sequence_and_next"]
@@ -193,18 +193,21 @@ def mean_token_loss(
     targets: Int[Array, "batch sequence"],
     tokens_at_once: int,
 ) -> Float[Array, ""]:
-    """Returns the mean loss of a token, in nats.
+    """Returns the mean loss of a target, in nats; those below zero are none.
 
     Logits exist for `tokens_at_once` at a time on a device, or for one of each sequence.
     """
     batch, length = targets.shape
     chunk = _tokens_of_a_sequence(batch, length, tokens_at_once)
-    if chunk == length:
-        return jnp.mean(model.cross_entropy(model.logits(config, rest, x), targets))
+    number = jnp.sum(targets >= 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk_loss(rest: model.Params, x: Array, targets: Array) -> Float[Array, ""]:
-        return jnp.sum(model.cross_entropy(model.logits(config, rest, x), targets))
+    def summed_loss(rest: model.Params, x: Array, targets: Array) -> Float[Array, ""]:
+        losses = model.cross_entropy(model.logits(config, rest, x), model.token_ids(targets))
+        return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
+
+    if chunk == length:
+        return summed_loss(rest, x, targets) / number
+    chunk_loss = jax.checkpoint(summed_loss, prevent_cse=False)
 
     def add(total: Array, chunk: Sequence[Array]) -> tuple[Array, None]:
         return total + chunk_loss(rest, *chunk), None
@@ -212,7 +215,7 @@ def mean_token_loss(
     # Along the sequence, since the batch may be divided among devices.
     chunks = [jnp.moveaxis(a.reshape(batch, -1, chunk, *a.shape[2:]), 1, 0) for a in (x, targets)]
     total, _ = jax.lax.scan(add, jnp.zeros([], jnp.float32), tuple(chunks))
-    return total / targets.size
+    return total / number
 
 
 def _tokens_of_a_sequence(batch: int, length: int, tokens_at_once: int) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "init_params",
     "logits",
     "rotary_embedding",
+    "token_ids",
 ]
 
 Params = dict[str, Any]
@@ -328,6 +329,11 @@ def forward(
     x = embed(config, params, tokens, dtype)
     x = _scan_layers(functools.partial(block, config), params["blocks"], x, remat=remat)
     return logits(config, params, x)
+
+
+def token_ids(tokens: Int[Array, "batch sequence"]) -> Int[Array, "batch sequence"]:
+    """Returns the ids of tokens, of which those that are no targets are stored as `~id`."""
+    return jnp.maximum(tokens, ~tokens)
 
 
 def cross_entropy(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,7 +129,8 @@ class DataOptions:
     Attributes:
       source: A text file, a folder, a .jsonl, .jsonl.gz or .parquet file with a "text" field, or
         hf:NAME for a data set of the Hugging Face hub; stdlib for the sources of Python's standard
-        library.
+        library. Or a .jsonl file of "messages", or of "prompt" and "completion", whose answers
+        alone are learned, one example a sequence.
       tokenizer: bytes, train:VOCAB, or the path of a tokenizer.json.
     """
 
@@ -333,7 +335,7 @@ _STEPS_ON_A_STREAM = 1000
 
 
 def _defaults(
-    config: PretrainConfig, stored: StoredModel, text_tokens: int | None
+    config: PretrainConfig, stored: StoredModel, sequences_of: Callable[[int], int | None]
 ) -> PaperSettings:
     options, training = config.model, config.training
     if options.load is not None:
@@ -341,10 +343,10 @@ def _defaults(
         context = stored.longest_context or settings.sequence_length
         sequence = min(settings.sequence_length, context)
         settings = dataclasses.replace(settings, sequence_length=sequence)
-        if text_tokens is not None:
-            batch = _first(training.batch, settings.sequences_per_batch)
-            tokens_per_step = max(1, batch * _first(training.sequence, sequence))
-            steps = max(1, _EPOCHS * text_tokens // tokens_per_step)
+        in_text = sequences_of(max(1, _first(training.sequence, sequence)))
+        if in_text is not None:
+            batch = max(1, _first(training.batch, settings.sequences_per_batch))
+            steps = max(1, _EPOCHS * in_text // batch)
             settings = dataclasses.replace(settings, steps=steps)
         return settings
     if options.preset == "paper":
@@ -362,7 +364,7 @@ def resolve(
     *,
     data: str,
     text_digest: str,
-    text_tokens: int | None = None,
+    sequences_of: Callable[[int], int | None] = lambda length: None,
 ) -> RunSettings:
     """Fills what was left out with the preset's, the model's or fine-tuning's defaults.
 
@@ -372,7 +374,7 @@ def resolve(
       stored: The model, whose vocabulary is the tokenizer's or that of the loaded weights.
       data: What the text is, by name.
       text_digest: Digest of the training tokens.
-      text_tokens: How many training tokens there are; None for a stream.
+      sequences_of: How many sequences of a length there are to train on; None for a stream.
 
     Returns:
       The settings of the run.
@@ -380,7 +382,7 @@ def resolve(
     Raises:
       ValueError: If a setting is out of range, or the paper has none for the model.
     """
-    defaults = _defaults(config, stored, text_tokens)
+    defaults = _defaults(config, stored, sequences_of)
     training = filled(
         config.training,
         {

@@ -18,6 +18,7 @@ from examples.llama.config import MODELS, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
 from examples.llama.files import replaced
 from examples.llama.huggingface import StoredModel, checkpoint_file, describe_llama
+from examples.llama.instructions import ChatTemplate, load_examples
 from examples.llama.interruption import caught_signals
 from examples.llama.memory import advice, require_memory
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
@@ -41,7 +42,13 @@ from examples.llama.run import (
     train_run,
 )
 from examples.llama.summary import optimizer_line, settings_lines, state_line, state_table
-from examples.llama.text import Text, read_text, training_batches, validation_batches
+from examples.llama.text import (
+    Text,
+    read_examples,
+    read_text,
+    training_batches,
+    validation_batches,
+)
 from examples.llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 
 __all__ = ["Plan", "main", "prepare", "train_all"]
@@ -196,10 +203,15 @@ def _resolved(config: PretrainConfig) -> tuple[list[RunSettings], Text]:
     check_options(config)
     _require_folder("--output", config.output.folder)
     _require_folder("--export", config.output.export)
-    corpus = load_corpus(config.data.source)
+    examples = load_examples(config.data.source)
+    corpus = load_corpus(config.data.source) if examples is None else examples.as_corpus()
     tokenizer = _tokenizer(config, corpus, _folder(config))
     stored = _model(config, tokenizer)
-    text = read_text(corpus, tokenizer)
+    text = (
+        read_text(corpus, tokenizer)
+        if examples is None
+        else read_examples(examples, tokenizer, _template(config))
+    )
     settings = [
         resolve(
             config,
@@ -207,7 +219,7 @@ def _resolved(config: PretrainConfig) -> tuple[list[RunSettings], Text]:
             stored,
             data=text.name,
             text_digest=text.digest,
-            text_tokens=text.train_tokens,
+            sequences_of=text.sequences,
         )
         for name in compared_optimizers(config)
     ]
@@ -251,6 +263,17 @@ def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
             f"and --micro-batches that leave a multiple of {parts}"
         )
     return mesh
+
+
+def _template(config: PretrainConfig) -> ChatTemplate | None:
+    """The chat template beside the tokenizer."""
+    given = config.data.tokenizer
+    folder = config.model.load if given is None else Path(given)
+    if folder is None:
+        return None
+    folder = folder.parent if folder.name == _TOKENIZER else folder
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    return ChatTemplate.of_files(*(checkpoint_file(folder, name) for name in names))
 
 
 def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenizer:

@@ -164,11 +164,12 @@ def prepare_evaluation(run: Run, batches: Sequence[np.ndarray]) -> Callable[[mod
     For all runs that differ from this one in the optimizer only.
     """
     compiled, mesh = jax.jit(run.training.loss), run.mesh
+    targets = [int((tokens[:, 1:] >= 0).sum()) for tokens in batches]
     if mesh is not None and len(batches[0]) % devices_dividing_batch(mesh.shape) == 0:
         placed = jax.device_put(list(batches), batch_sharding(mesh))
     else:
         placed = list(batches)
-    return lambda params: train.mean_loss(compiled, params, placed)
+    return lambda params: train.mean_loss(compiled, params, placed, targets)
 
 
 def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) -> bool:
@@ -542,7 +543,7 @@ def _sample(run: Run, params: Any, text: Text, options: OutputOptions) -> str:
     """Returns the beginning of the validation text as the model continues it."""
     if options.sample_length == 0:
         return ""
-    beginning = text.validation[:_PROMPT_TOKENS]
+    beginning = text.beginning(_PROMPT_TOKENS)
     written = generate(
         run.training.logits,
         params,

@@ -1,4 +1,4 @@
-"""The text of a run: token ids to train on, to evaluate with and to continue."""
+"""The text of a run, or its examples: token ids to train on, to evaluate with and to continue."""
 
 import hashlib
 from typing import NamedTuple
@@ -9,10 +9,13 @@ from jaxtyping import Int32, Integer
 
 from examples.llama import data
 from examples.llama.corpus import Corpus
+from examples.llama.instructions import ChatTemplate, Examples, encode_example
 from examples.llama.options import RunSettings
 from examples.llama.tokenizer import Tokenizer
 
-__all__ = ["Text", "read_text", "training_batches", "validation_batches"]
+__all__ = ["Text", "read_examples", "read_text", "training_batches", "validation_batches"]
+
+Tokens = list[Int32[np.ndarray, " tokens"]]
 
 _STREAMED_VALIDATION_TOKENS = 1 << 20
 
@@ -23,26 +26,51 @@ class Text(NamedTuple):
     Attributes:
       name: Of the corpus.
       tokenizer: Made the ids.
-      train: Ids of the training documents, or the stream of these.
-      validation: Ids of the held-out documents, of a stream the first million.
+      train: Ids of the training documents, or the stream of these; of examples the ids of each, as
+        `encode_example` returns them.
+      validation: Ids of the held-out documents, of a stream the first million; of examples as
+        `train`.
     """
 
     name: str
     tokenizer: Tokenizer
-    train: Integer[np.ndarray, " tokens"] | grain.IterDataset[str]
-    validation: Integer[np.ndarray, " tokens"]
+    train: Integer[np.ndarray, " tokens"] | grain.IterDataset[str] | Tokens
+    validation: Integer[np.ndarray, " tokens"] | Tokens
 
     @property
     def digest(self) -> str:
         """Eight bytes, in hexadecimal, that change with the training ids; "" for a stream."""
         if isinstance(self.train, grain.IterDataset):
             return ""
-        return hashlib.blake2b(self.train.tobytes(), digest_size=8).hexdigest()
+        whole = np.concatenate(self.train) if isinstance(self.train, list) else self.train
+        return hashlib.blake2b(whole.tobytes(), digest_size=8).hexdigest()
 
-    @property
-    def train_tokens(self) -> int | None:
-        """Ids of the training documents; None for a stream."""
-        return None if isinstance(self.train, grain.IterDataset) else len(self.train)
+    def sequences(self, length: int) -> int | None:
+        """Sequences of one pass over the training documents; None for a stream."""
+        if isinstance(self.train, grain.IterDataset):
+            return None
+        return len(self.train) if isinstance(self.train, list) else len(self.train) // length
+
+    def beginning(self, tokens: int) -> Integer[np.ndarray, " tokens"]:
+        """The beginning of the validation text; of examples the first one's, before its answer."""
+        if not isinstance(self.validation, list):
+            return self.validation[:tokens]
+        ids = self.validation[0]
+        answer = int(np.argmax(ids >= 0))
+        return ~ids[: max(1, answer)] if answer else ids[:1]
+
+
+def read_examples(examples: Examples, tokenizer: Tokenizer, template: ChatTemplate | None) -> Text:
+    """Encodes examples.
+
+    Raises:
+      ValueError: As `encode_example`.
+    """
+    train, validation = (
+        [encode_example(each, tokenizer, template) for each in split]
+        for split in (examples.train, examples.validation)
+    )
+    return Text(examples.name, tokenizer, train, validation)
 
 
 def read_text(corpus: Corpus, tokenizer: Tokenizer) -> Text:
@@ -66,6 +94,9 @@ def training_batches(text: Text, settings: RunSettings) -> grain.DatasetIterator
         return data.streamed_batches(
             text.train, text.tokenizer, sequence_length=sequence, batch_size=batch, seed=seed
         )
+    if isinstance(text.train, list):
+        rows = data.example_rows(text.train, sequence)
+        return data.row_batches(rows, batch_size=batch, seed=seed)
     return data.token_batches(text.train, sequence_length=sequence, batch_size=batch, seed=seed)
 
 
@@ -79,11 +110,17 @@ def validation_batches(
     Raises:
       ValueError: If the text does not fill one sequence.
     """
-    sequences = (len(text.validation) - 1) // settings.sequence
-    batches = data.evaluation_batches(
-        text.validation,
-        sequence_length=settings.sequence,
-        batch_size=max(1, min(settings.batch, sequences)),
-        max_batches=max_batches,
-    )
+    if isinstance(text.validation, list):
+        rows = data.example_rows(text.validation, settings.sequence)
+        batches = data.evaluation_row_batches(
+            rows, batch_size=max(1, min(settings.batch, len(rows))), max_batches=max_batches
+        )
+    else:
+        sequences = (len(text.validation) - 1) // settings.sequence
+        batches = data.evaluation_batches(
+            text.validation,
+            sequence_length=settings.sequence,
+            batch_size=max(1, min(settings.batch, sequences)),
+            max_batches=max_batches,
+        )
     return [batch["tokens"] for batch in batches]

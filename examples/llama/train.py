@@ -1,7 +1,7 @@
 """One optimizer step and the evaluation of a LLaMA, as pure jitted functions."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -139,12 +139,16 @@ def make_loss(config: LlamaConfig, *, dtype: DTypeLike, remat: bool) -> LossFunc
       remat: Whether the backward pass recomputes the blocks' activations.
 
     Returns:
-      `(params, int32 (batch, sequence + 1)) -> float32 scalar`.
+      `(params, int32 (batch, sequence + 1)) -> float32 scalar`. A token `~id`, below zero, is
+      read as `id` and is no target.
     """
 
     def loss(params: model.Params, tokens: Tokens) -> Float[Array, ""]:
-        logits = model.forward(config, params, tokens[:, :-1], dtype=dtype, remat=remat)
-        return jnp.mean(model.cross_entropy(logits, tokens[:, 1:]))
+        ids = model.token_ids(tokens)
+        logits = model.forward(config, params, ids[:, :-1], dtype=dtype, remat=remat)
+        is_target = tokens[:, 1:] >= 0
+        losses = jnp.where(is_target, model.cross_entropy(logits, ids[:, 1:]), 0.0)
+        return jnp.sum(losses) / jnp.sum(is_target)
 
     return loss
 
@@ -189,23 +193,38 @@ def make_train_step(
 def _value_and_grad(
     loss: LossFunction, params: model.Params, tokens: Tokens, micro_batches: int
 ) -> tuple[Float[Array, ""], PyTree]:
-    """Mean loss of the batch and its gradients; of several micro-batches in float32."""
+    """Mean loss of the batch's targets and its gradients; of several micro-batches in float32."""
     value_and_grad = jax.value_and_grad(loss)
     if micro_batches == 1:
         return value_and_grad(params, tokens)
 
+    # A mean of means would give the targets of a micro-batch with few of them more weight.
+    targets = jnp.sum(tokens[:, 1:] >= 0)
+
     def accumulate(total: PyTree, micro_batch: Tokens) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
+        share = jnp.sum(micro_batch[:, 1:] >= 0) / targets
+        part = value_and_grad(params, micro_batch)
+        return jax.tree.map(lambda x, y: x + share * y, total, part), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     parts = tokens.reshape(micro_batches, -1, tokens.shape[-1])
     total, _ = jax.lax.scan(accumulate, (jnp.zeros([], jnp.float32), zeros), parts)
-    return jax.tree.map(lambda x: x / micro_batches, total)
+    return total
 
 
 def mean_loss(
-    loss: LossFunction, params: model.Params, batches: Iterable[Tokens | np.ndarray]
+    loss: LossFunction,
+    params: model.Params,
+    batches: Iterable[Tokens | np.ndarray],
+    targets: Sequence[int] | None = None,
 ) -> float:
-    """Returns the mean of a jitted loss over batches of one size, in nats."""
+    """Returns the mean of a jitted loss over batches, in nats.
+
+    Args:
+      loss: Mean loss of a batch.
+      params: The parameters.
+      batches: Of tokens.
+      targets: How many targets each has; None for the same number.
+    """
     losses = [loss(params, tokens) for tokens in batches]
-    return float(jnp.mean(jnp.stack(losses)))
+    return float(np.average(np.asarray(jnp.stack(losses)), weights=targets))

@@ -134,7 +134,7 @@ def llama3_factors(config: LlamaConfig) -> np.ndarray:
 @pytest.mark.parametrize("config", [CONFIG, TIED, STRETCHED], ids=["plain", "tied", "stretched"])
 def test_a_float_gguf_file_is_read_bit_for_bit(tmp_path: Path, config: LlamaConfig) -> None:
     params = random_params(config)
-    fields = {"rope_factors": llama3_factors(CONFIG)} if config.rope_scaling else {}
+    fields: dict[str, Any] = {"rope_factors": llama3_factors(CONFIG)} if config.rope_scaling else {}
     write_gguf(tmp_path / "model.gguf", config, params, **fields)
     stored = describe_llama(tmp_path / "model.gguf")
     assert stored == (config, "float32", 512)

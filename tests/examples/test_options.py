@@ -101,7 +101,14 @@ def fine_tuning(
 ) -> RunSettings:
     config = PretrainConfig(model=ModelOptions(load=Path("model")), **options)
     stored = StoredModel(MODELS["1b"], dtype, context)
-    return resolve(config, name, stored, data="text", text_digest="", text_tokens=text_tokens)
+    return resolve(
+        config,
+        name,
+        stored,
+        data="text",
+        text_digest="",
+        sequences_of=lambda length: None if text_tokens is None else text_tokens // length,
+    )
 
 
 @pytest.mark.parametrize(("name", "alpha"), [("apollo", 5**0.5), ("apollo_mini", 128**0.5)])

@@ -572,6 +572,31 @@ def test_a_tied_model_is_trained_and_exported_tied(
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_conversations_are_trained_on_with_the_template_of_the_loaded_model(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, rows = tmp_path / "model", tmp_path / "chats.jsonl"
+    save_llama(loaded, TINY, init_params(TINY, 0))
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    lines = [
+        json.dumps({"messages": [*messages, {"role": "user", "content": str(i)}]})
+        for i in range(60)
+    ]
+    rows.write_text("\n".join(lines))
+    flags = command(tmp_path / "run", "--load", str(loaded), "--data", str(rows))
+    assert "messages need a chat template" in wrong_input(flags, capsys)
+    template = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}a{% endif %}"
+    (loaded / "chat_template.jinja").write_text(template)
+    # The model learns the one byte of the answer.
+    assert run([*flags, "--learning-rate", "0.05", "--steps", "20"])[0] == 0
+    first, *_, last = metrics(tmp_path / "run")
+    assert first["validation_loss"] == pytest.approx(math.log(256), abs=0.5)
+    assert last["validation_loss"] < 1
+    rows.write_text("\n".join([*lines[:7], '{"messages": 3}']))
+    assert "chats.jsonl, line 8: 3 is no list of messages" in wrong_input(flags, capsys)
+
+
 def test_a_large_vocabulary_without_its_tokenizer_is_refused(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

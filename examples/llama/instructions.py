@@ -1,0 +1,266 @@
+"""Instruction data: conversations, or prompts with completions, of which a model learns its part.
+
+The forms are those of Hugging Face's TRL: `messages`, or `prompt` and `completion`, either as text
+or as messages: https://huggingface.co/docs/trl/dataset_formats.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from examples.llama import corpus
+from examples.llama.tokenizer import Tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "Example",
+    "Examples",
+    "Turn",
+    "encode_example",
+    "load_examples",
+    "parse_example",
+]
+
+_FORMS = (
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]} '
+    'or {"prompt": "...", "completion": "..."}'
+)
+
+
+_FIELDS = {"messages", "prompt", "completion"}
+
+
+class Turn(NamedTuple):
+    """A part of an example.
+
+    Attributes:
+      role: Who speaks, as the chat template knows it; None of a plain prompt or completion.
+      content: What is said.
+      trained: Whether the model learns to say it.
+    """
+
+    role: str | None
+    content: str
+    trained: bool
+
+
+class Example(NamedTuple):
+    """One example.
+
+    Attributes:
+      turns: In their order.
+      where: The file and the line, for errors.
+    """
+
+    turns: tuple[Turn, ...]
+    where: str
+
+    @property
+    def text(self) -> str:
+        """All that is said, without a template."""
+        return "\n".join(turn.content for turn in self.turns)
+
+
+class Examples(NamedTuple):
+    """Examples in two disjoint splits.
+
+    Attributes:
+      name: The file.
+      train: To train on.
+      validation: Held out.
+    """
+
+    name: str
+    train: list[Example]
+    validation: list[Example]
+
+    def as_corpus(self) -> corpus.Corpus:
+        """What is said in them, as texts."""
+        return corpus.Corpus(
+            self.name, *([each.text for each in split] for split in (self.train, self.validation))
+        )
+
+
+def load_examples(source: str) -> Examples | None:
+    """Reads a file of JSON lines whose first row is an example; returns None for all else.
+
+    About 5% are held out, by a hash of what is said in them.
+
+    Raises:
+      ValueError: If a row is not as `parse_example` takes it, or there is but one example.
+    """
+    path = Path(source).expanduser()
+    if not (path.is_file() and corpus.holds_json_rows(path)):
+        return None
+    first = next(corpus.json_rows(path), None)
+    if first is None or "text" in first[0] or not first[0].keys() & _FIELDS:
+        return None
+    examples = [parse_example(row, where) for row, where in corpus.json_rows(path)]
+    return Examples(source, *corpus.split_by_hash(source, [(each.text, each) for each in examples]))
+
+
+def parse_example(row: Mapping[str, Any], where: str) -> Example:
+    """Reads a row.
+
+    Args:
+      row: With `messages`, or with `prompt` and `completion`, both texts or both messages.
+      where: The file and the line.
+
+    Raises:
+      ValueError: If a field is missing or of another form, or nothing is there to be learned.
+
+    >>> parse_example({"prompt": "1 + 1 =", "completion": " 2"}, "sums, line 1").turns[1]
+    Turn(role=None, content=' 2', trained=True)
+    """
+    if "messages" in row:
+        turns = _turns(row["messages"], where, learn=True)
+    else:
+        missing = {"prompt", "completion"} - row.keys()
+        if missing:
+            raise ValueError(
+                f"{where}: no {sorted(missing)[0]!r} beside {sorted(row)}; expected {_FORMS}"
+            )
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            turns = (Turn(None, prompt, False), Turn(None, completion, True))
+        else:
+            turns = (
+                *_turns(prompt, where, learn=False),
+                *_turns(completion, where, learn=True),
+            )
+    if not any(turn.trained and turn.content for turn in turns):
+        raise ValueError(
+            f"{where}: there is no message of the assistant and no completion to be learned; "
+            f"expected {_FORMS}"
+        )
+    return Example(turns, where)
+
+
+def _turns(messages: Any, where: str, *, learn: bool) -> tuple[Turn, ...]:
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ValueError(f"{where}: {json.dumps(messages)[:80]} is no list of messages; {_FORMS}")
+    turns = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise ValueError(
+                f"{where}: the message {json.dumps(message)[:80]} has no role and content that "
+                f"are strings; expected {_FORMS}"
+            )
+        turns.append(Turn(role, content, learn and role == "assistant"))
+    return tuple(turns)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, rendered by Jinja as transformers does.
+
+    Args:
+      source: The template.
+      tokens: What it knows besides the messages, such as `bos_token`.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]):
+        import jinja2.sandbox
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(
+            value, ensure_ascii=False, **options
+        )
+        environment.globals |= {
+            "raise_exception": raise_exception,
+            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+            **tokens,
+        }
+        self._error = jinja2.TemplateError
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot be read: {error}") from error
+
+    @classmethod
+    def of_files(cls, template: bytes | None, settings: bytes | None) -> "ChatTemplate | None":
+        """Returns that of a tokenizer's folder, None if there is none.
+
+        Args:
+          template: The content of `chat_template.jinja`, if there is one.
+          settings: That of `tokenizer_config.json`.
+        """
+        known = json.loads(settings) if settings else {}
+        source = template.decode() if template else known.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {each["name"]: each["template"] for each in source}.get("default")
+        if source is None:
+            return None
+        tokens = {}
+        for name, token in known.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(token, str):
+                tokens[name] = token
+        return cls(source, tokens)
+
+    def segments(self, example: Example) -> list[tuple[str, bool]]:
+        """Returns the text in parts, each with whether it is trained on.
+
+        Raises:
+          ValueError: If the template refuses the messages, or a longer conversation does not begin
+            as the shorter one does.
+        """
+        messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+        parts: list[tuple[str, bool]] = []
+        done = ""
+        for number, turn in enumerate(example.turns):
+            if not turn.trained:
+                continue
+            before = self._render(messages[:number], example.where, prompt=True)
+            after = self._render(messages[: number + 1], example.where, prompt=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                raise ValueError(
+                    f"{example.where}: the chat template writes the beginning of this conversation "
+                    f"in another way once message {number + 1} follows; give the text itself, as "
+                    '{"prompt": "...", "completion": "..."}'
+                )
+            parts += [(before[len(done) :], False), (after[len(before) :], True)]
+            done = after
+        return parts
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=prompt)
+        except (self._error, TypeError) as error:
+            raise ValueError(f"{where}: the chat template refuses this: {error}") from error
+
+
+def encode_example(
+    example: Example, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> Int32[np.ndarray, " tokens"]:
+    """Returns the ids of an example: `id` where the model learns it, `~id` where it only reads it.
+
+    A plain completion ends with the tokenizer's end of a document.
+
+    Raises:
+      ValueError: If there are messages and no template, or `ChatTemplate.segments` raises.
+    """
+    if example.turns[0].role is None:
+        parts = [(turn.content, turn.trained) for turn in example.turns]
+        end = [] if tokenizer.end_of_document is None else [tokenizer.end_of_document]
+    elif template is None:
+        raise ValueError(
+            f"{example.where}: messages need a chat template, and the tokenizer's folder has "
+            "neither chat_template.jinja nor one in tokenizer_config.json; give it, or rows of "
+            '{"prompt": "...", "completion": "..."}'
+        )
+    else:
+        parts, end = template.segments(example), []
+    encoded = [np.asarray(tokenizer.encode(text), np.int32) for text, _ in parts]
+    signed = [ids if trained else ~ids for ids, (_, trained) in zip(encoded, parts, strict=True)]
+    return np.concatenate([*signed, np.asarray(end, np.int32)])

@@ -1,0 +1,191 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from examples.llama import data, model
+from examples.llama.config import LlamaConfig
+from examples.llama.instructions import (
+    ChatTemplate,
+    encode_example,
+    load_examples,
+    parse_example,
+)
+from examples.llama.layered import layered_training
+from examples.llama.text import read_examples
+from examples.llama.tokenizer import load_tokenizer
+from examples.llama.train import make_loss, standard_training
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<' + message['role'] + '>' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+BYTES = load_tokenizer("bytes")
+CONFIG = LlamaConfig(256, 16, 24, num_layers=2, num_heads=2)
+PARAMS = model.init_params(CONFIG, 0)
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {
+        "messages": [
+            {"role": roles[i % 2], "content": content} for i, content in enumerate(contents)
+        ]
+    }
+
+
+def template(source: str = CHATML) -> ChatTemplate:
+    found = ChatTemplate.of_files(source.encode(), b'{"eos_token": {"content": "#"}}')
+    assert found is not None
+    return found
+
+
+def learned(row: dict[str, Any], source: str = CHATML) -> tuple[str, str]:
+    """The text of an example, and below it a caret where the model learns."""
+    ids = encode_example(parse_example(row, "file, line 1"), BYTES, template(source))
+    text = bytes(np.maximum(ids, ~ids).tolist()).decode()
+    return text, "".join("^" if one >= 0 else " " for one in ids)
+
+
+def test_of_a_conversation_all_that_the_assistant_says_is_learned() -> None:
+    text, marks = learned(chat("hi", "yes", "and", "no"))
+    assert text == "<user>hi#\n<assistant>yes#\n<user>and#\n<assistant>no#\n"
+    read = "".join(" " if mark == "^" else char for char, mark in zip(text, marks, strict=True))
+    assert read == "<user>hi#\n<assistant>     <user>and#\n<assistant>    "
+
+
+def test_of_a_prompt_and_its_completion_the_completion_is_learned_to_its_end() -> None:
+    text, marks = learned({"prompt": "1 + 1 =", "completion": " 2"})
+    assert (text, marks) == ("1 + 1 = 2\n", "       ^^^")
+
+
+def test_a_prompt_of_messages_is_read_and_its_completion_learned() -> None:
+    messages = chat("hi", "yes", "and", "no")["messages"]
+    text, marks = learned({"prompt": messages[:3], "completion": messages[3:]})
+    assert text == "<user>hi#\n<assistant>yes#\n<user>and#\n<assistant>no#\n"
+    assert marks.count("^") == len("no#\n")
+    assert marks.endswith("^^^^")
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"prompt": "a"}, "line 7: no 'completion' beside"),
+        ({"completion": "a"}, "line 7: no 'prompt' beside"),
+        ({"messages": "a"}, 'line 7: "a" is no list of messages'),
+        ({"messages": [{"role": "user"}]}, "has no role and content that are strings"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "has no role and content"),
+        (chat("only a question"), "there is no message of the assistant and no completion"),
+        ({"prompt": "a", "completion": ""}, "there is no message of the assistant and no"),
+    ],
+)
+def test_a_row_of_another_form_is_answered_with_its_line(row: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        parse_example(row, "file, line 7")
+
+
+def test_messages_without_a_template_are_answered_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"line 1: messages need a chat template.*give it"):
+        encode_example(parse_example(chat("a", "b"), "line 1"), BYTES, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ("{% for %}", "the chat template cannot be read"),
+        ("{{ raise_exception('no system') }}", "line 1: the chat template refuses this: no system"),
+        ("{{ messages|length }}{{ messages[-1].content }}", "writes the beginning of this conver"),
+    ],
+)
+def test_a_template_that_does_not_serve_is_named(source: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        learned(chat("a", "b"), source)
+
+
+def test_the_template_is_that_of_the_tokenizers_folder() -> None:
+    settings = {"eos_token": "#", "chat_template": CHATML}
+    named = settings | {"chat_template": [{"name": "default", "template": CHATML}]}
+    example = parse_example(chat("a", "b"), "line 1")
+    for content in (settings, named):
+        found = ChatTemplate.of_files(None, json.dumps(content).encode())
+        assert found is not None
+        assert found.segments(example) == template().segments(example)
+    assert ChatTemplate.of_files(None, b"{}") is None
+
+
+def test_texts_are_no_examples(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "prompt": "b"}\n')
+    assert load_examples(str(path)) is None
+    assert load_examples("stdlib") is None
+
+
+def test_splits_are_disjoint_and_the_same_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(100)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    first, again = load_examples(str(path)), load_examples(str(path))
+    assert first is not None
+    assert first == again
+    assert len(first.train) + len(first.validation) == 100
+    assert 1 <= len(first.validation) <= 15
+    text = read_examples(first, BYTES, None)
+    assert text.sequences(8) == len(first.train)
+    prompt = bytes(text.beginning(32).tolist()).decode()
+    assert prompt == first.validation[0].turns[0].content
+
+
+def rows(length: int) -> np.ndarray:
+    """Examples with different numbers of targets, one in a row."""
+    given = [("what is it?", " it"), ("a", " long answer to it"), ("b", "c")]
+    examples = [
+        encode_example(parse_example({"prompt": p, "completion": c}, "line"), BYTES, None)
+        for p, c in given
+    ]
+    return data.example_rows([*examples, examples[0]], length)
+
+
+def test_the_loss_is_the_mean_over_what_is_learned() -> None:
+    tokens = rows(24)
+    ids = np.maximum(tokens, ~tokens)
+    losses = model.cross_entropy(model.forward(CONFIG, PARAMS, ids[:, :-1]), ids[:, 1:])
+    expected = np.mean(np.asarray(losses)[tokens[:, 1:] >= 0])
+    actual = make_loss(CONFIG, dtype=jnp.float32, remat=False)(PARAMS, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_what_fills_a_row_changes_neither_loss_nor_gradients() -> None:
+    loss = make_loss(CONFIG, dtype=jnp.float32, remat=False)
+    short, long = (jax.value_and_grad(loss)(PARAMS, rows(length)) for length in (20, 31))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), short, long)
+
+
+@pytest.mark.parametrize("way", ["micro-batches", "layerwise"])
+def test_another_way_to_take_the_step_weighs_targets_alike(way: str) -> None:
+    tx = optax.sgd(1.0)
+    expected = standard_training(CONFIG, tx, dtype=jnp.float32)
+    if way == "micro-batches":
+        other = standard_training(CONFIG, tx, dtype=jnp.float32, micro_batches=2)
+    else:
+        other = layered_training(CONFIG, tx, weights="f32", dtype=jnp.float32)
+    found = []
+    for training in (expected, other):
+        state = training.init_state(jax.tree.map(jnp.copy, PARAMS))
+        state, outcome = training.step(state, rows(24))
+        found.append((training.float_params(state.params), outcome.loss))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)
+
+
+def test_examples_that_do_not_fit_are_counted() -> None:
+    with pytest.warns(
+        UserWarning, match=r"3 of 4 examples are longer than 9 tokens.*2 of them all"
+    ):
+        kept = rows(8)
+    assert len(kept) == 2
