@@ -1,6 +1,8 @@
-"""Streams a corpus from the Hugging Face hub, resumable at the exact document."""
+"""What comes from the Hugging Face hub: checkpoints, and corpora, streamed to the document."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -63,6 +65,42 @@ def _open(source: str, name: str, config: str | None) -> Any:
         return datasets.load_dataset_builder(name, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{source}: cannot be opened: {error}") from error
+
+
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+@functools.cache
+def download_checkpoint(source: str, files: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
+    """Brings a checkpoint from the hub, or finds it where an earlier download left it.
+
+    Args:
+      source: `hf:NAME[:REVISION]`, such as `hf:HuggingFaceTB/SmolLM2-135M`.
+      files: Patterns of the names of the files to bring.
+
+    Returns:
+      The folder, in the hub's cache.
+
+    Raises:
+      ValueError: If the source names nothing, does not exist, needs a login, or cannot be reached.
+      ImportError: If `huggingface_hub` is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"{source}: needs huggingface_hub; in the checkout: pip install -e '.[hub]'"
+        ) from error
+    name, _, revision = source.removeprefix(PREFIX).partition(":")
+    if not name:
+        raise ValueError(f"{source}: no model named; expected {PREFIX}NAME[:REVISION]")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(files)
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: cannot be brought from the hub: {error}") from error
+    return Path(folder)
 
 
 class HubDocuments(grain.IterDataset[str]):

@@ -20,12 +20,20 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from examples.llama import hub
 from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.gguf_file import SUFFIX as GGUF
 from examples.llama.gguf_file import GgufFile
 from examples.llama.model import Params, init_params
 
-__all__ = ["StoredModel", "checkpoint_file", "describe_llama", "load_llama", "save_llama"]
+__all__ = [
+    "StoredModel",
+    "checkpoint_file",
+    "describe_llama",
+    "describe_shape",
+    "load_llama",
+    "save_llama",
+]
 
 _TENSOR_NAMES = {
     "embed.embedding": "model.embed_tokens.weight",
@@ -76,15 +84,16 @@ def checkpoint_file(checkpoint: Path, name: str) -> bytes | None:
     """Returns a file of the tokenizer: of a folder, or what a GGUF file has in its place.
 
     Args:
-        checkpoint: a folder of Hugging Face's format, or a GGUF file.
+        checkpoint: a folder of Hugging Face's format, a GGUF file, or `hf:NAME`.
         name: of the file, such as "tokenizer.json".
 
     Returns:
         The content; None if there is no such file.
     """
-    if checkpoint.suffix == GGUF:
-        return GgufFile(checkpoint).files().get(name)
-    path = checkpoint / name
+    folder = _local(checkpoint)
+    if folder.suffix == GGUF:
+        return GgufFile(folder).files().get(name)
+    path = folder / name
     return path.read_bytes() if path.is_file() else None
 
 
@@ -98,7 +107,7 @@ def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
             does not have (the field is named), or if a tensor is missing or has another shape or
             a dtype that is not floating-point (the tensor is named).
     """
-    config, stored = _open_checkpoint(Path(folder))
+    config, stored = _open_checkpoint(folder)
     for path, expected in jax.tree.leaves_with_path(_expected_leaves(config)):
         leaf_name = _leaf_name(path)
         for layer in range(config.num_layers) if leaf_name.startswith("blocks.") else [0]:
@@ -106,6 +115,33 @@ def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
             if leaf_name == "embed.embedding":
                 embedding_dtype = dtype
     return StoredModel(config, embedding_dtype, stored.settings.get("max_position_embeddings"))
+
+
+def describe_shape(checkpoint: str | os.PathLike[str]) -> tuple[LlamaConfig, str | None]:
+    """Reads the shape of a model that LLaMA's blocks describe; its tensors need not be there.
+
+    Args:
+        checkpoint: a `config.json`, a folder that has one, a GGUF file, or `hf:NAME`.
+
+    Returns:
+        The shape, and what the model has that `Llama` has not, in words; None if it is a LLaMA.
+
+    Raises:
+        ValueError: if there is no configuration, or its sizes are not those of LLaMA's blocks.
+    """
+    path = _local(checkpoint, ("config.json",))
+    if path.suffix == GGUF:
+        settings = GgufFile(path).settings
+    else:
+        settings = _read_json(path if path.name == "config.json" else path / "config.json")
+    others = {
+        field: settings[field]
+        for field, supported in _ONLY_SUPPORTED.items()
+        if settings.get(field, supported) != supported
+    }
+    config = _config_from_settings({**settings, **_ONLY_SUPPORTED})
+    named = ", ".join(f"{field} {value!r}" for field, value in others.items())
+    return config, named or None
 
 
 def load_llama(
@@ -119,7 +155,7 @@ def load_llama(
     The host's memory holds one converted parameter of all layers, and one tensor of the checkpoint.
 
     Args:
-        folder: the checkpoint: a folder of Hugging Face's format, or a GGUF file.
+        folder: the checkpoint: a folder of Hugging Face's format, a GGUF file, or `hf:NAME`.
         convert: applied to one tensor at a time, in the nested dict of its names within a layer (or
             outside of the layers), such as a quantization; in the dtype in which it is stored.
         shardings: where each converted parameter goes; the default device if None.
@@ -130,7 +166,7 @@ def load_llama(
     Raises:
         ValueError: as `describe_llama`.
     """
-    config, stored = _open_checkpoint(Path(folder))
+    config, stored = _open_checkpoint(folder)
 
     def load_leaf(path: jax.tree_util.KeyPath, expected: jax.ShapeDtypeStruct) -> Any:
         leaf_name = _leaf_name(path)
@@ -182,7 +218,7 @@ def save_llama(
             checkpoint of such a model.
     """
     _check_leaves(config, params)
-    stored = None if like is None else _open_checkpoint(Path(like))[1]
+    stored = None if like is None else _open_checkpoint(like)[1]
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         leaf_name = _leaf_name(path)
@@ -373,7 +409,19 @@ class _Folder:
         }
 
 
-def _open_checkpoint(path: Path) -> tuple[LlamaConfig, "_Folder | GgufFile"]:
+def _local(
+    checkpoint: str | os.PathLike[str], files: tuple[str, ...] = hub.CHECKPOINT_FILES
+) -> Path:
+    """Where a checkpoint lies, once it is brought from the hub if it is to be."""
+    if str(checkpoint).startswith(hub.PREFIX):
+        return hub.download_checkpoint(str(checkpoint), files)
+    return Path(checkpoint)
+
+
+def _open_checkpoint(
+    checkpoint: str | os.PathLike[str],
+) -> tuple[LlamaConfig, "_Folder | GgufFile"]:
+    path = _local(checkpoint)
     stored = GgufFile(path) if path.suffix == GGUF else _Folder(path)
     return _config_from_settings(stored.settings), stored
 

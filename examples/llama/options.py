@@ -75,13 +75,14 @@ class ModelOptions:
     Attributes:
       name: Size of the LLaMA. Steps, batch, sequence, rank and alpha default to this model's.
       preset: The paper's learning rate and bf16 too, for the models the paper trains.
-      load: Folder of a Hugging Face LLaMA to fine-tune, instead of a new --model. The defaults are
-        then the paper's for fine-tuning, and 3 times through the text.
+      load: A LLaMA to fine-tune, instead of a new --model: a folder of Hugging Face's format, a
+        .gguf file, or hf:NAME of the Hugging Face hub. The defaults are then the paper's for
+        fine-tuning, and 3 times through the text.
     """
 
     name: Annotated[ModelName, tyro.conf.arg(name="model"), MODEL_NAME] = "nano"
     preset: Literal["none", "paper"] = "none"
-    load: Annotated[Path | None, default("FOLDER", "none")] = None
+    load: Annotated[Path | None, default("CHECKPOINT", "none")] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from apollo_optax import planning
 from examples.llama.command_line import MODEL_NAME, check_ranges, parse
-from examples.llama.config import MODELS, PRESETS, parameter_count
+from examples.llama.config import MODELS, PRESETS, LlamaConfig, parameter_count
+from examples.llama.huggingface import describe_shape
 from examples.llama.memory import bytes_on_a_device
 from examples.llama.mesh import (
     devices_dividing_batch,
@@ -62,6 +63,8 @@ class PlanConfig:
         with Adam.
       largest_batch: Find the largest batch a device that fits, too.
       json: Print one JSON object.
+      load: A model of LLaMA's blocks instead of --model: its config.json or its folder, a .gguf
+        file, or hf:NAME. Its weights are not read.
     """
 
     model: Annotated[ModelName, MODEL_NAME] = "7b"
@@ -79,6 +82,7 @@ class PlanConfig:
     project_embeddings: bool = False
     largest_batch: bool = False
     json: bool = False
+    load: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +111,8 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
     """
     plan = plan_step(config)
     asked = dataclasses.asdict(config)
+    if config.load is not None:
+        asked |= {"model": None, "load": str(config.load)}
     del asked["json"], asked["largest_batch"]
     report = asked | plan.as_dict()
     report["weight_bytes"] = weight_bytes(config)
@@ -138,7 +144,11 @@ def plan_step(config: PlanConfig) -> planning.Plan:
 
 def weight_bytes(config: PlanConfig) -> int:
     """Returns the bytes of the whole model's weights."""
-    return round(parameter_count(MODELS[config.model]) * _BYTES_A_WEIGHT[config.weights])
+    return round(parameter_count(_shape(config)) * _BYTES_A_WEIGHT[config.weights])
+
+
+def _shape(config: PlanConfig) -> LlamaConfig:
+    return MODELS[config.model] if config.load is None else describe_shape(config.load)[0]
 
 
 def argument_bytes(config: PlanConfig) -> int:
@@ -174,7 +184,8 @@ def _step(config: PlanConfig, mesh: Mesh, batch: int) -> tuple[Callable[..., Any
 
 def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
     """What `pretrain` would train, but for the guard of its steps."""
-    shape, preset = MODELS[config.model], PRESETS.get(config.model)
+    shape = _shape(config)
+    preset = PRESETS.get(config.model) if config.load is None else None
     settings = RunSettings(
         model=shape,
         load=None,
@@ -199,13 +210,21 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
     return Run(settings, Path(), False, mesh, float32_moments=config.moments == "f32")
 
 
+def _name(config: PlanConfig) -> str:
+    if config.load is None:
+        return f"LLaMA-{config.model}"
+    _, others = describe_shape(config.load)
+    count = f"{config.load}, {parameter_count(_shape(config)):,} parameters"
+    return count if others is None else f"{count}, planned as a LLaMA although it has {others}"
+
+
 def _readable(config: PlanConfig, report: dict[str, Any]) -> str:
     def gib(name: str) -> str:
         value = report[name]
         return "not told" if value is None else f"{value / 2**30:8.2f} GiB"
 
     lines = [
-        f"LLaMA-{config.model}, {config.optimizer}, {config.weights} weights, {config.update} "
+        f"{_name(config)}, {config.optimizer}, {config.weights} weights, {config.update} "
         f"update, {config.batch} x {config.sequence} tokens a device on {config.device}",
         "",
         f"weights      {gib('weight_bytes')}",

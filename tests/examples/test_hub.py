@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,8 +9,11 @@ import numpy as np
 import pytest
 
 from examples.llama import hub
+from examples.llama.config import LlamaConfig
 from examples.llama.corpus import load_corpus
 from examples.llama.data import encode_documents, streamed_batches, token_batches
+from examples.llama.huggingface import save_llama
+from examples.llama.model import init_params
 from examples.llama.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -169,3 +174,32 @@ def test_streaming_without_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"in the checkout: pip install -e '\.\[hub\]'"):
         load_corpus("hf:allenai/c4")
+
+
+def test_a_checkpoint_of_the_hub_is_found_where_it_was_brought_to(tmp_path):
+    pytest.importorskip("huggingface_hub", reason="comes with the [hub] extra")
+    # The layout of the hub's cache, as a download leaves it.
+    model = tmp_path / "models--org--tiny"
+    snapshot = model / "snapshots" / ("0" * 40)
+    config = LlamaConfig(256, 16, 24, num_layers=2, num_heads=2, tied=True)
+    save_llama(snapshot, config, init_params(config, 0))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0" * 40)
+    script = """
+from examples.llama.huggingface import describe_llama, describe_shape
+print(describe_llama("hf:org/tiny").config == describe_shape("hf:org/tiny")[0])
+try:
+    describe_llama("hf:org/absent")
+except ValueError as error:
+    print(error)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, *error = found.stdout.splitlines()
+    assert first == "True"
+    assert error[0].startswith("hf:org/absent: cannot be brought from the hub: ")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +29,26 @@ def test_json_has_what_a_script_needs(capsys: pytest.CaptureFixture[str]) -> Non
     assert report["capacity_bytes"] >= report["peak_bytes"] >= report["temporary_bytes"]
     assert {"collectives", "flops", "hbm_bytes"} <= set(report)
     assert "largest_batch" not in report
+
+
+def test_a_configuration_is_planned_in_place_of_a_named_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    given = sizes | {"model_type": "mistral", "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    weights = 64 * 32 + 2 * (2 * 32 * (32 + 16) + 3 * 32 * 48 + 2 * 32) + 32
+    for load in (tmp_path, tmp_path / "config.json"):
+        report = planned(capsys, "--load", str(load), "--weights", "f32")
+        assert (report["weight_bytes"], report["model"]) == (4 * weights, None)
+    assert main([*SMALL, "--load", str(tmp_path), "--weights", "f32"]) == 0
+    output = capsys.readouterr().out
+    assert f"{weights:,} parameters, planned as a LLaMA although it has model_type 'mi" in output
+    del given["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert main([*SMALL, "--load", str(tmp_path)]) == 2
+    assert "config.json has no hidden_size" in capsys.readouterr().err
 
 
 @pytest.mark.slow
