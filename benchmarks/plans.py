@@ -1,21 +1,12 @@
 """Plans of training steps as rows of a result: what the compilers of absent chips say."""
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.rows import Row, add_row, read_rows
-from examples.llama.plan import PlanConfig, plan_report
+from examples.llama.plan import PlanConfig, asked, plan_report
 
 GIB = 2**30
-
-
-def asked(config: PlanConfig) -> Row:
-    """What a row says of its question."""
-    row: dict[str, Any] = dataclasses.asdict(config)
-    del row["json"], row["largest_batch"]  # what is printed, and a figure of the row
-    return row
 
 
 def find_row(rows: Iterable[Row], config: PlanConfig) -> Row | None:
@@ -55,7 +46,7 @@ def plan_missing(output: Path, command: str, configs: Iterable[PlanConfig]) -> N
         row = asked(config) | report
         add_row(output, command, row)
         print(
-            f"{config.model} {config.optimizer} {config.weights} {config.update} on "
+            f"{config.load or config.model} {config.optimizer} {config.weights} {config.update} on "
             f"{config.device}, {config.batch} x {config.sequence}: "
             f"{row['peak_bytes'] / GIB:.2f} GiB",
             flush=True,

@@ -121,7 +121,7 @@ def describe_shape(checkpoint: str | os.PathLike[str]) -> tuple[LlamaConfig, str
     """Reads the shape of a model that LLaMA's blocks describe; its tensors need not be there.
 
     Args:
-        checkpoint: a `config.json`, a folder that has one, a GGUF file, or `hf:NAME`.
+        checkpoint: a JSON file like `config.json`, a folder with one, a GGUF file, or `hf:NAME`.
 
     Returns:
         The shape, and what the model has that `Llama` has not, in words; None if it is a LLaMA.
@@ -133,7 +133,7 @@ def describe_shape(checkpoint: str | os.PathLike[str]) -> tuple[LlamaConfig, str
     if path.suffix == GGUF:
         settings = GgufFile(path).settings
     else:
-        settings = _read_json(path if path.name == "config.json" else path / "config.json")
+        settings = _read_json(path if path.suffix == ".json" else path / "config.json")
     others = {
         field: settings[field]
         for field, supported in _ONLY_SUPPORTED.items()

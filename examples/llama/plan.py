@@ -28,7 +28,15 @@ from examples.llama.optimizers import (
 from examples.llama.options import ModelName, RunSettings, Weights
 from examples.llama.run import Run, abstract_state, abstract_tokens, placed_step
 
-__all__ = ["PlanConfig", "argument_bytes", "main", "plan_report", "plan_step", "weight_bytes"]
+__all__ = [
+    "PlanConfig",
+    "argument_bytes",
+    "asked",
+    "main",
+    "plan_report",
+    "plan_step",
+    "weight_bytes",
+]
 
 _PROGRAM = "python -m examples.llama.plan"
 _EXAMPLES = (
@@ -110,16 +118,21 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
     Raises as `plan_step` does.
     """
     plan = plan_step(config)
-    asked = dataclasses.asdict(config)
-    if config.load is not None:
-        asked |= {"model": None, "load": str(config.load)}
-    del asked["json"], asked["largest_batch"]
-    report = asked | plan.as_dict()
+    report = asked(config) | plan.as_dict()
     report["weight_bytes"] = weight_bytes(config)
     report["collective_bytes"] = plan.collective_bytes
     if config.largest_batch:
         report["largest_batch"] = _largest_batch(config)
     return report
+
+
+def asked(config: PlanConfig) -> dict[str, Any]:
+    """Returns the question of a plan, as JSON can hold it."""
+    question = dataclasses.asdict(config)
+    del question["json"], question["largest_batch"]
+    if config.load is not None:
+        question |= {"model": None, "load": str(config.load)}
+    return question
 
 
 def plan_step(config: PlanConfig) -> planning.Plan:
