@@ -219,7 +219,7 @@ class Llama(nnx.Module):
         self.norm = _norm(config, param_dtype, dtype, rngs)
         if not config.tied:
             self.lm_head = _head(config, param_dtype, dtype, rngs)
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.remat = config, remat
 
     def __call__(
         self, tokens: Int[Array, "batch sequence"]
@@ -234,10 +234,8 @@ class Llama(nnx.Module):
 
     def logits(self, x: Hidden) -> Float[Array, "batch sequence vocab"]:
         """Normalises the residual stream after the last layer and applies the head; float32."""
-        if not self.config.tied:
-            return _apply_head(self.lm_head, self.norm(x))
-        table = {"kernel": self.embed.embedding[...].T}
-        return _apply_head(_bound_head(self.config, self.dtype, table), self.norm(x))
+        head = _tied_head(self.embed.embedding[...]) if self.config.tied else self.lm_head
+        return _apply_head(head, self.norm(x))
 
 
 def init_params(
@@ -311,10 +309,13 @@ def block(
 
 def logits(config: LlamaConfig, rest: Params, x: Hidden) -> Float[Array, "batch sequence vocab"]:
     """Normalises with `rest["norm"]` and applies the head; float32."""
-    head = {"kernel": rest["embed"]["embedding"].T} if config.tied else rest["lm_head"]
-    needed = gathered({"norm": rest["norm"], "lm_head": head})
-    norm = _bind(functools.partial(_norm, config, jnp.float32, x.dtype), needed["norm"])
-    return _apply_head(_bound_head(config, x.dtype, needed["lm_head"]), norm(x))
+    name = "embed" if config.tied else "lm_head"
+    rest = gathered({"norm": rest["norm"], name: rest[name]})
+    norm = _bind(functools.partial(_norm, config, jnp.float32, x.dtype), rest["norm"])
+    if config.tied:
+        return _apply_head(_tied_head(rest["embed"]["embedding"]), norm(x))
+    head = _bind(functools.partial(_head, config, jnp.float32, x.dtype), rest["lm_head"])
+    return _apply_head(head, norm(x))
 
 
 def forward(
@@ -348,7 +349,14 @@ def _tokens(x: Hidden) -> Float[Array, "tokens hidden"]:
     return x.reshape(-1, x.shape[-1])
 
 
-def _apply_head(head: nnx.Linear, x: Hidden) -> Float[Array, "batch sequence vocab"]:
+def _tied_head(table: Float[Array, "vocab hidden"]) -> Callable[[Array], Array]:
+    def head(x: Array) -> Array:
+        return jnp.dot(x, table.astype(x.dtype).T, preferred_element_type=jnp.float32)
+
+    return head
+
+
+def _apply_head(head: Callable[[Array], Array], x: Hidden) -> Float[Array, "batch sequence vocab"]:
     logits = head(_tokens(x)).reshape(*x.shape[:2], -1)
     return constrain(logits, "batch", None, "vocabulary")
 
@@ -397,10 +405,6 @@ def _head(
 ) -> nnx.Linear:
     linear = _linear(param_dtype, dtype, rngs, preferred_element_type=jnp.float32)
     return linear(config.hidden_size, config.vocab_size)
-
-
-def _bound_head(config: LlamaConfig, dtype: DTypeLike, params: Params) -> nnx.Linear:
-    return _bind(functools.partial(_head, config, jnp.float32, dtype), params)
 
 
 def _bind(make: Callable[[nnx.Rngs], ModuleT], params: Params) -> ModuleT:
