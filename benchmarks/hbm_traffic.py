@@ -29,9 +29,9 @@ from apollo_optax import ApolloDimensionNumbers
 from apollo_optax.experimental import pallas_tpu
 from apollo_optax.planning._hlo import hbm_bytes, parse_program
 from apollo_optax.planning._plan import compile_update
-from benchmarks.pictures import INK, picture
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
 from examples.llama.config import MODELS
+from examples.llama.pictures import INK, picture
 
 OUTPUT = RESULTS / "hbm_traffic.json"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "hbm_traffic.png"

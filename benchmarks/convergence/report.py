@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.convergence.methods import ABLATIONS, METHODS
 from benchmarks.convergence.search import best_learning_rate, sweep_losses
-from benchmarks.pictures import INK, picture
 from benchmarks.rows import RESULTS, Row, read_rows
+from examples.llama.pictures import INK, picture, spread
 
 __all__ = [
     "Result",
@@ -239,17 +239,6 @@ def _draw_memory(results: Sequence[Result], path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
 
 
-def _apart(places: Sequence[float], distance: float) -> list[float]:
-    """Rising places, moved as little as keeps them so far apart: an isotonic regression."""
-    blocks: list[list[float]] = []
-    for number, place in enumerate(places):
-        blocks.append([place - number * distance])
-        while len(blocks) > 1 and statistics.fmean(blocks[-2]) > statistics.fmean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    means = [statistics.fmean(block) for block in blocks for _ in block]
-    return [mean + number * distance for number, mean in enumerate(means)]
-
-
 def _draw_curves(results: Sequence[Result], path: Path) -> None:
     with picture(path, _WIDTH, _HEIGHT) as figure:
         axes = figure.subplots()
@@ -258,7 +247,7 @@ def _draw_curves(results: Sequence[Result], path: Path) -> None:
             for result in results
         }
         rising = sorted(results, key=lambda result: curves[result.name][-1][1])
-        ends = _apart([curves[result.name][-1][1] for result in rising], distance=0.09)
+        ends = spread([curves[result.name][-1][1] for result in rising], distance=0.09)
         for result, end in zip(rising, ends, strict=True):
             look, curve = _LOOKS[result.name], curves[result.name]
             axes.plot(*zip(*curve, strict=True), color=look.color, linestyle=look.line)

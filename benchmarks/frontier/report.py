@@ -14,8 +14,8 @@ from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY
 from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of
 from benchmarks.frontier.training import SETTINGS, Trial, state_bytes
-from benchmarks.pictures import INK, picture
 from benchmarks.rows import RESULTS, Row, read_rows
+from examples.llama.pictures import INK, picture
 
 __all__ = ["Result", "results_of", "table"]
 

@@ -1,7 +1,8 @@
-"""How the documentation's pictures look: a grey ink and no paper, for light pages and dark ones."""
+"""How pictures look: a grey ink and no paper, for light pages and dark ones."""
 
 import contextlib
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,14 @@ def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def spread(places: Sequence[float], distance: float) -> list[float]:
+    """Rising places, moved as little as keeps them so far apart: an isotonic regression."""
+    blocks: list[list[float]] = []
+    for number, place in enumerate(places):
+        blocks.append([place - number * distance])
+        while len(blocks) > 1 and statistics.fmean(blocks[-2]) > statistics.fmean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    means = [statistics.fmean(block) for block in blocks for _ in block]
+    return [mean + number * distance for number, mean in enumerate(means)]
