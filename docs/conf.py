@@ -37,7 +37,6 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]  # a checkout without notebooks builds too
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
