@@ -14,6 +14,8 @@ import pytest
 
 import apollo_optax
 from apollo_optax import layerwise, planning, quantization, sharding
+from benchmarks.convergence.report import results_of
+from benchmarks.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -222,4 +224,17 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
         if (row["target"], row["weights"], row["sequence"], row.get("vocabulary"))
         == ("a100-80gb", "int8", 256, "factored")
     )
-    assert f"LLaMA-7B in {peak / 2**30:.1f} GiB" in readme
+    for page in (readme, words_of(DOCS / "index.md")):
+        assert f"LLaMA-7B in {peak / 2**30:.1f} GiB" in page
+
+
+def test_the_rule_of_thumb_is_the_sweep_of_the_convergence_benchmark() -> None:
+    rates = {
+        result.name: result.learning_rate
+        for result in results_of(read_rows(RESULTS / "convergence.json"))
+    }
+    apollo, mini, adamw = (rates[name] for name in ("apollo_r32", "apollo_mini", "adamw"))
+    page = words_of(DOCS / "choosing.md")
+    assert (round(apollo / adamw), round(mini / adamw)) == (7, 14)
+    assert f"seven times AdamW's best | our sweep: {apollo:g} for APOLLO, {adamw:g} for" in page
+    assert "Its best learning rate was fourteen times AdamW's" in page
