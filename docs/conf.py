@@ -48,6 +48,7 @@ autodoc_preserve_defaults = True
 maximum_signature_line_length = 88  # a longer one has a line for every argument
 autosummary_generate = False  # the pages of docs/api are written by hand
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
 add_module_names = False
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -103,14 +104,23 @@ def mark_code(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: l
 
 def signature_as_written(
     app: Sphinx, what: str, name: str, of: Any, options: Any, signature: str, returned: str
-) -> tuple[str, str] | None:
+) -> tuple[str, str | None] | None:
     """Shows types by the names that the source gives them: their unions fill pages."""
-    del app, name, options, signature, returned
-    if what != "function":
+    del app, name, options, returned
+    if what not in ("function", "class") or not signature:
         return None
-    (function,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body
-    assert isinstance(function, ast.FunctionDef)
-    return f"({ast.unparse(function.args)})", ast.unparse(function.returns or ast.Constant(None))
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body
+    if isinstance(node, ast.FunctionDef):
+        return f"({ast.unparse(node.args)})", ast.unparse(node.returns or ast.Constant(None))
+    assert isinstance(node, ast.ClassDef)
+    fields = []
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign):
+            is_of_dataclass = isinstance(line.value, ast.Call)  # field(...): no default
+            fields.append(
+                ast.unparse(line).split(" = ")[0] if is_of_dataclass else ast.unparse(line)
+            )
+    return (f"({', '.join(fields)})", None) if fields else None
 
 
 def link_names(app: Sphinx, tree: nodes.document, page: str) -> None:
