@@ -117,7 +117,7 @@ def test_every_local_link_beside_the_site_leads_to_its_place(site: Path, name: s
 @pytest.mark.slow
 def test_no_word_is_misspelt() -> None:
     texts = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
-    code = ["apollo_optax", "examples", "benchmarks", "tests", "notebooks"]
+    code = ["apollo_optax", "examples", "benchmarks", "notebooks"]
     sources = [path for folder in code for path in ROOT.glob(f"{folder}/**/*.py")]
     notebooks = ROOT.glob("notebooks/*.ipynb")
     check = [sys.executable, "-m", "codespell_lib", *map(str, [*texts, *sources, *notebooks])]
