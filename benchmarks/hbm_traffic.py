@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from matplotlib.figure import Figure
 
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers
@@ -32,6 +31,7 @@ from apollo_optax.planning._hlo import hbm_bytes, parse_program
 from apollo_optax.planning._plan import compile_update
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
 from examples.llama.config import MODELS
+from examples.llama.pictures import INK, picture
 
 OUTPUT = RESULTS / "hbm_traffic.json"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "hbm_traffic.png"
@@ -163,19 +163,18 @@ def table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row]) -> None:
     """Draws the words of float32 updates as bars."""
-    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
     found = {(row["optimizer"], row["dtype"], row["target"]): row["hbm_words"] for row in rows}
     labels = [name for name in OPTIMIZERS if name not in ("Muon", "SWAN", _GALORE)]
-    colors = ["C1" if label.startswith("APOLLO") else "C0" for label in labels]
-    panels = figure.subplots(1, len(TARGETS), sharey=True)
-    for axes, (target, title) in zip(panels, TARGETS.items(), strict=True):
-        words = [found.get((label, "float32", target), 0) for label in labels]
-        figures = [f"{word:.2f}" if word else "" for word in words]
-        axes.bar_label(axes.barh(labels, words, color=colors), figures, padding=3)
-        axes.margins(x=0.15)
-        axes.set(title=title, xlabel="words of HBM a parameter, float32")
-    panels[0].invert_yaxis()
-    figure.savefig(IMAGE, dpi=120, metadata={"Software": None})
+    colors = ["C0" if label.startswith("APOLLO") else INK for label in labels]
+    with picture(IMAGE, width=8.0, height=4.0) as figure:
+        panels = figure.subplots(1, len(TARGETS), sharey=True)
+        for axes, (target, title) in zip(panels, TARGETS.items(), strict=True):
+            words = [found.get((label, "float32", target), 0) for label in labels]
+            figures = [f"{word:.2f}" if word else "" for word in words]
+            axes.bar_label(axes.barh(labels, words, color=colors), figures, padding=3)
+            axes.margins(x=0.15)
+            axes.set(title=title, xlabel="words of HBM a parameter, float32")
+        panels[0].invert_yaxis()
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ ARGUMENTS = ("--compare", "adamw,apollo,apollo_mini")
 def table(rows: Sequence[Row]) -> str:
     """The table that the run ends in."""
     fields = [field.name for field in dataclasses.fields(RunResult)]
-    results = [RunResult(**{name: row[name] for name in fields}) for row in rows]
+    results = [RunResult(**{name: row[name] for name in fields if name in row}) for row in rows]
     return results_markdown(results).rstrip()
 
 

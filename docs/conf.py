@@ -3,17 +3,23 @@
 Nothing is run and nothing is fetched: notebooks are shown with their committed outputs.
 """
 
+import ast
+import inspect
 import json
 import re
 import shutil
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
 COPIES = Path(__file__).parent / "_notebooks"
+# Names of modules' functions that elsewhere are those of Optax.
+AMBIGUOUS = ("init", "apply_updates")
 
 project = "apollo-optax"
 author = "The apollo-optax authors"
@@ -22,11 +28,15 @@ release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 
 # The last one brings MathJax itself, so that formulas are rendered without a network.
 extensions = [
-    *("sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"),
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "myst_nb",
+    "sphinx_copybutton",
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]  # a checkout without notebooks builds too
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -35,13 +45,18 @@ nb_execution_mode = "off"
 default_role = "literal"  # docstrings are Markdown's kind: single backticks are code
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # jaxtyping's annotations are longer than what the docstrings say
+maximum_signature_line_length = 88  # a longer one has a line for every argument
+autosummary_generate = False  # the pages of docs/api are written by hand
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
 add_module_names = False
+copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
 html_title = "apollo-optax"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 
 def copy_notebooks() -> None:
@@ -87,6 +102,47 @@ def mark_code(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: l
     lines[:] = text.split("\n")
 
 
+def signature_as_written(
+    app: Sphinx, what: str, name: str, of: Any, options: Any, signature: str, returned: str
+) -> tuple[str, str | None] | None:
+    """Shows types by the names that the source gives them: their unions fill pages."""
+    del app, name, options, returned
+    if what not in ("function", "class") or not signature:
+        return None
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body
+    if isinstance(node, ast.FunctionDef):
+        return f"({ast.unparse(node.args)})", ast.unparse(node.returns or ast.Constant(None))
+    assert isinstance(node, ast.ClassDef)
+    fields = []
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign):
+            is_of_dataclass = isinstance(line.value, ast.Call)  # field(...): no default
+            fields.append(
+                ast.unparse(line).split(" = ")[0] if is_of_dataclass else ast.unparse(line)
+            )
+    return (f"({', '.join(fields)})", None) if fields else None
+
+
+def link_names(app: Sphinx, tree: nodes.document, page: str) -> None:
+    """Links code that is a public name, or a call of one, to its entry in the API reference."""
+    entries = {
+        short: (name, entry.docname)
+        for name, entry in app.env.domains.python_domain.objects.items()
+        if entry.objtype in ("module", "function", "class", "data") and not entry.aliased
+        for short in (name, name.removeprefix("apollo_optax."), name.split(".")[-1])
+        if short not in AMBIGUOUS
+    }
+    for code in list(tree.findall(nodes.literal)):
+        call = re.fullmatch(r"([\w.]+)(\(.*\))?", code.astext())
+        if not call or call[1] not in entries or isinstance(code.parent, nodes.reference):
+            continue
+        name, entry_page = entries[call[1]]
+        uri = "" if entry_page == page else app.builder.get_relative_uri(page, entry_page)
+        anchor = f"module-{name}" if name in app.env.domains.python_domain.modules else name
+        link = nodes.reference("", "", code.deepcopy(), refuri=f"{uri}#{anchor}", internal=True)
+        code.replace_self(link)
+
+
 def keep_outputs_in_build(app: Sphinx) -> None:
     """Has MyST-NB write the notebooks' pictures into the build folder, not beside it."""
     folder = Path(app.doctreedir) / "notebook_outputs"
@@ -107,3 +163,5 @@ def setup(app: Sphinx) -> None:
     app.connect("build-finished", remove_copies)
     app.connect("source-read", mark_downloads)
     app.connect("autodoc-process-docstring", mark_code)
+    app.connect("autodoc-process-signature", signature_as_written)
+    app.connect("doctree-resolved", link_names)

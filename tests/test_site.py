@@ -5,13 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 import apollo_optax
 from apollo_optax import layerwise, planning, quantization, sharding
+from benchmarks.convergence.report import results_of
+from benchmarks.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -34,10 +38,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_formulas_are_rendered_without_a_network(site: Path) -> None:
-    scripts = re.findall(r'<script[^>]* src="([^"]+)"', (site / "api.html").read_text("utf-8"))
+    page = site / "api" / "optimizers.html"
+    scripts = re.findall(r'<script[^>]* src="([^"]+)"', page.read_text("utf-8"))
     assert not [script for script in scripts if "://" in script]
     (mathjax,) = (script.split("?")[0] for script in scripts if "mathjax" in script)
-    assert (site / mathjax).is_file()
+    assert (page.parent / mathjax).is_file()
 
 
 @pytest.mark.slow
@@ -47,8 +52,10 @@ def test_the_build_leaves_nothing_beside_it(site: Path) -> None:
 
 
 def entries(site: Path) -> set[str]:
-    page = (site / "api.html").read_text(encoding="utf-8")
-    return set(re.findall(r'<dt class="sig[^"]*" id="([^"]+)"', page))
+    pages = (page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
+    return {
+        name for page in pages for name in re.findall(r'<dt class="sig[^"]*" id="([^"]+)"', page)
+    }
 
 
 @pytest.mark.slow
@@ -57,6 +64,65 @@ def test_every_page_is_built_and_linked_from_the_index(site: Path) -> None:
     for page in DOCS.glob("*.md"):
         assert (site / f"{page.stem}.html").is_file()
         assert page.stem == "index" or f'href="{page.stem}.html"' in index
+
+
+class _Page(HTMLParser):
+    """The targets of a page's links and the places that links may name."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.places: set[str] = set()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links.update(value for name, value in attrs if name in ("href", "src") and value)
+        self.places.update(value for name, value in attrs if name == "id" and value)
+
+
+def broken(link: str, origin: Path, places: dict[Path, set[str]]) -> bool:
+    """Whether a link that needs no network leads to no file, or to no place in its page."""
+    url = urlsplit(link)
+    if url.scheme or url.netloc:
+        return False
+    file = (origin.parent / unquote(url.path)).resolve() if url.path else origin
+    anchor = bool(url.fragment) and file in places
+    return not file.exists() or (anchor and unquote(url.fragment) not in places[file])
+
+
+@pytest.mark.slow
+def test_every_local_link_of_the_site_leads_to_its_place(site: Path) -> None:
+    pages = {page.resolve(): _Page(page) for page in site.rglob("*.html")}
+    places = {path: page.places | {"", "top"} for path, page in pages.items()}
+    found = {
+        f"{path.relative_to(site.resolve())}: {link}"
+        for path, page in pages.items()
+        for link in page.links
+        if broken(link, path, places)
+    }
+    assert not found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_every_local_link_beside_the_site_leads_to_its_place(site: Path, name: str) -> None:
+    places = {
+        (DOCS / page.relative_to(site)).with_suffix(".md"): _Page(page).places
+        for page in site.rglob("*.html")
+    }
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert not [link for link in links if broken(link, ROOT / name, places)]
+
+
+@pytest.mark.slow
+def test_no_word_is_misspelt() -> None:
+    texts = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    code = ["apollo_optax", "examples", "benchmarks", "notebooks"]
+    sources = [path for folder in code for path in ROOT.glob(f"{folder}/**/*.py")]
+    notebooks = ROOT.glob("notebooks/*.ipynb")
+    check = [sys.executable, "-m", "codespell_lib", *map(str, [*texts, *sources, *notebooks])]
+    spelling = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert spelling.returncode == 0, spelling.stdout + spelling.stderr
 
 
 @pytest.mark.slow
@@ -158,4 +224,17 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
         if (row["target"], row["weights"], row["sequence"], row.get("vocabulary"))
         == ("a100-80gb", "int8", 256, "factored")
     )
-    assert f"LLaMA-7B in {peak / 2**30:.1f} GiB" in readme
+    for page in (readme, words_of(DOCS / "index.md")):
+        assert f"LLaMA-7B in {peak / 2**30:.1f} GiB" in page
+
+
+def test_the_rule_of_thumb_is_the_sweep_of_the_convergence_benchmark() -> None:
+    rates = {
+        result.name: result.learning_rate
+        for result in results_of(read_rows(RESULTS / "convergence.json"))
+    }
+    apollo, mini, adamw = (rates[name] for name in ("apollo_r32", "apollo_mini", "adamw"))
+    page = words_of(DOCS / "choosing.md")
+    assert (round(apollo / adamw), round(mini / adamw)) == (7, 14)
+    assert f"seven times AdamW's best | our sweep: {apollo:g} for APOLLO, {adamw:g} for" in page
+    assert "Its best learning rate was fourteen times AdamW's" in page

@@ -124,12 +124,12 @@ class Target:
 
     @property
     def platform(self) -> str | None:
-        """What JAX lowers for: `"tpu"` or `"cuda"`; None for local devices, which know it."""
+        """The platform that JAX lowers for, `"tpu"` or `"cuda"`; None for local devices."""
         return "tpu" if self.chip in TPUS else "cuda" if self.chip in GPUS else None
 
     @property
     def device_count(self) -> int:
-        """JAX devices: two for each chip of tpu7x, one for each of the others.
+        """How many JAX devices the target has, two for each chip of tpu7x and one for others.
 
         >>> parse_target("2*tpu-v5e:16x16").device_count
         512

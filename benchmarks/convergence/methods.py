@@ -99,7 +99,7 @@ def _mini(alpha: float, **others: Any) -> dict[str, Any]:
 
 
 _QUARTER, _EIGHTH = MODEL.hidden_size // 4, MODEL.hidden_size // 8
-# Of a rank-r projection of n gradients, APOLLO's factors are sqrt(r / n) of Adam's.
+# Of a rank-r projection of m rows, APOLLO's factors are sqrt(r / m) of Adam's.
 _MINI_ALPHA = math.sqrt(8)
 
 METHODS: dict[str, Method] = {
@@ -126,7 +126,7 @@ def _optimizer(**changes: Any) -> dict[str, Any]:
 
 
 def _granularities() -> dict[str, Ablation]:
-    # alpha makes up for sqrt(r / n), so that one learning rate serves all ranks.
+    # alpha makes up for sqrt(r / m), so that one learning rate serves all ranks.
     base = METHODS["apollo_r32"].optimizer["rank"]
     ablations = {}
     for granularity in ("channel", "tensor"):

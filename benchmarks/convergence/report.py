@@ -9,14 +9,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import Any, NamedTuple
 
 from benchmarks.convergence.methods import ABLATIONS, METHODS
 from benchmarks.convergence.search import best_learning_rate, sweep_losses
 from benchmarks.rows import RESULTS, Row, read_rows
+from examples.llama.pictures import INK, picture, spread
 
 __all__ = [
     "Result",
@@ -29,17 +27,41 @@ __all__ = [
 ]
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-_WIDTH, _HEIGHT = 8.0, 5.0
+_WIDTH, _HEIGHT = 6.4, 4.4
 _NEAR = 0.02
-_COLORS = [*matplotlib.color_sequences["tab10"], "black", "navy"]  # one a method
-# In points, where labels would lie on each other.
-_LABEL_OFFSETS = {
-    "apollo_r16": (-24, -14),
-    "apollo_r32": (-16, 9),
-    "apollo_svd": (2, -14),
-    "apollo_mini": (-20, -18),
-    "apollo_mini_paper_alpha": (6, 8),
-    "galore": (6, -2),
+_APOLLO, _MINI, _OTHER = "C0", "C1", INK
+_TOP = 2.8  # of the picture of state; losses above it stand at its upper edge
+
+
+class _Look(NamedTuple):
+    """How a method is drawn: told apart without colours too."""
+
+    color: str
+    line: str | tuple[float, tuple[float, ...]]
+    marker: str
+    # Where its label stands: to the right of the point, to its left or above.
+    side: str = "right"
+
+
+_LOOKS = {
+    "apollo_r16": _Look(_APOLLO, "-", "o", "left"),
+    "apollo_r32": _Look(_APOLLO, "--", "o", "above"),
+    "apollo_svd": _Look(_APOLLO, ":", "o"),
+    "apollo_mini": _Look(_MINI, "-", "s", "left"),
+    "q_apollo_mini": _Look(_MINI, "--", "s"),
+    "apollo_mini_paper_alpha": _Look(_MINI, ":", "s", "left"),
+    "adamw": _Look(_OTHER, "-", "D", "left"),
+    "muon": _Look(_OTHER, "--", "^"),
+    "galore": _Look(_OTHER, ":", "v"),
+    "adafactor": _Look(_OTHER, "-.", "P", "above"),
+    "lion": _Look(_OTHER, (0, (1, 3)), "X", "left"),
+    "sgd": _Look(_OTHER, (0, (5, 4)), "X"),
+}
+# From the point to the label, in points, and how the label is aligned.
+_SIDES: dict[str, tuple[tuple[float, float], dict[str, Any]]] = {
+    "right": ((7, 0), {"ha": "left", "va": "center"}),
+    "left": ((-7, 0), {"ha": "right", "va": "center"}),
+    "above": ((-4, 16), {"ha": "left", "va": "bottom"}),
 }
 
 
@@ -179,44 +201,73 @@ def frontier(results: Sequence[Result]) -> list[Result]:
 
 
 def _draw_memory(results: Sequence[Result], path: Path) -> None:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    edge = frontier(results)
-    axes.set_prop_cycle(color=_COLORS)
-    axes.plot(
-        [result.state_bytes / 1e6 for result in edge],
-        [result.mean for result in edge],
-        color="lightgray",
-        drawstyle="steps-post",
-        zorder=0,
-    )
-    for result in results:
-        megabytes = result.state_bytes / 1e6
-        axes.errorbar(
-            megabytes, result.mean, yerr=result.deviation, fmt="o", capsize=3, label=result.label
+    with picture(path, _WIDTH, _HEIGHT) as figure:
+        axes = figure.subplots()
+        edge = frontier(results)
+        axes.plot(
+            [result.state_bytes / 1e6 for result in edge],
+            [result.mean for result in edge],
+            color=INK,
+            alpha=0.5,
+            drawstyle="steps-post",
+            zorder=0,
         )
-        axes.annotate(
-            result.label,
-            (megabytes, result.mean),
-            xytext=_LABEL_OFFSETS.get(result.name, (6, 4)),
-            textcoords="offset points",
+        for result in results:
+            if result.mean > _TOP:
+                continue
+            look, point = _LOOKS[result.name], (result.state_bytes / 1e6, result.mean)
+            axes.errorbar(
+                *point, yerr=result.deviation, fmt=look.marker, color=look.color, capsize=3
+            )
+            offset, aligned = _SIDES[look.side]
+            axes.annotate(result.label, point, offset, textcoords="offset points", **aligned)
+        beyond = [result for result in results if result.mean > _TOP]
+        axes.text(
+            beyond[0].state_bytes / 1e6,
+            _TOP,
+            "\n".join(f"\u2191 {result.label}, {result.mean:.3f}" for result in beyond),
+            ha="center",
+            va="top",
         )
-    axes.set(xlabel="optimizer state, MB", ylabel="validation loss, nats a token")
-    axes.margins(x=0.15)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+        axes.set(
+            xscale="log",
+            xlim=(0.03, 20),
+            ylim=(None, _TOP),
+            xlabel="optimizer state, MB",
+            ylabel="validation loss, nats a token",
+        )
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _draw_curves(results: Sequence[Result], path: Path) -> None:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    axes.set_prop_cycle(color=_COLORS)
-    for result in results:
-        curve = next(row["validation_curve"] for row in result.rows if row["seed"] == 0)
-        axes.plot(*zip(*curve, strict=True), label=f"{result.label}, {result.learning_rate:g}")
-    axes.set(xlabel="step", ylabel="validation loss, nats a token")
-    axes.set_ylim(top=min(6.0, axes.get_ylim()[1]))
-    axes.legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with picture(path, _WIDTH, _HEIGHT) as figure:
+        axes = figure.subplots()
+        curves = {
+            result.name: next(row["validation_curve"] for row in result.rows if row["seed"] == 0)
+            for result in results
+        }
+        rising = sorted(results, key=lambda result: curves[result.name][-1][1])
+        ends = spread([curves[result.name][-1][1] for result in rising], distance=0.09)
+        for result, end in zip(rising, ends, strict=True):
+            look, curve = _LOOKS[result.name], curves[result.name]
+            axes.plot(*zip(*curve, strict=True), color=look.color, linestyle=look.line)
+            last, loss = curve[-1]
+            axes.plot(
+                (last, 1.025 * last), (loss, end), color=look.color, linewidth=0.5, clip_on=False
+            )
+            axes.annotate(
+                f"{result.label}, {result.learning_rate:g}",
+                (1.03 * last, end),
+                va="center",
+                fontsize=8,
+                annotation_clip=False,
+            )
+        axes.set(
+            xlabel="step",
+            ylabel="validation loss, nats a token",
+            xlim=(50, last),
+            ylim=(2.2, 4.0),
+        )
 
 
 def main() -> None:

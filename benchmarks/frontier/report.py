@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY
 from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of
 from benchmarks.frontier.training import SETTINGS, Trial, state_bytes
 from benchmarks.rows import RESULTS, Row, read_rows
+from examples.llama.pictures import INK, picture
 
 __all__ = ["Result", "results_of", "table"]
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "frontier.png"
-_WIDTH, _HEIGHT = 8.0, 5.0
+_WIDTH, _HEIGHT = 6.4, 4.2
 _COLORS = {"apollo": "C0", "whitened": "C2", "muon": "C1"}
 # What the picture shows of the vocabulary's rules, and how it calls them.
 _SHOWN = {
@@ -100,38 +99,38 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _draw(results: Sequence[Result], path: Path) -> None:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    for result in results:
-        _, hidden, vocabulary = result.pair
-        if vocabulary not in _SHOWN:
-            continue
-        percent, is_left = 100 * result.over_adamw, hidden in _ON_THE_LEFT
-        axes.errorbar(
-            percent,
-            result.mean,
-            yerr=result.deviation,
-            fmt="o" if vocabulary == "adam" else "s",
-            color=_COLORS.get(hidden.split("_")[0], "C7"),
-            capsize=3,
+    with picture(path, _WIDTH, _HEIGHT) as figure:
+        axes = figure.subplots()
+        for result in results:
+            _, hidden, vocabulary = result.pair
+            if vocabulary not in _SHOWN:
+                continue
+            percent, is_left = 100 * result.over_adamw, hidden in _ON_THE_LEFT
+            axes.errorbar(
+                percent,
+                result.mean,
+                yerr=result.deviation,
+                fmt="o" if vocabulary == "adam" else "s",
+                color=_COLORS.get(hidden.split("_")[0], INK),
+                capsize=3,
+            )
+            axes.annotate(
+                HIDDEN[hidden].label + _SHOWN[vocabulary],
+                (percent, result.mean),
+                xytext=(-7, 0) if is_left else (7, 0),
+                textcoords="offset points",
+                ha="right" if is_left else "left",
+                va="center",
+                fontsize=9,
+            )
+        axes.set(
+            xscale="log",
+            xlim=(0.1, 400),
+            xlabel="optimizer state, % of AdamW's",
+            ylabel="validation loss, nats a token",
         )
-        axes.annotate(
-            HIDDEN[hidden].label + _SHOWN[vocabulary],
-            (percent, result.mean),
-            xytext=(-7, 0) if is_left else (7, 0),
-            textcoords="offset points",
-            ha="right" if is_left else "left",
-            va="center",
-            fontsize=8,
-        )
-    axes.set(
-        xscale="log",
-        xlim=(0.1, 400),
-        xlabel="optimizer state, % of AdamW's",
-        ylabel="validation loss, nats a token",
-    )
-    axes.margins(y=0.1)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(y=0.1)
 
 
 def main() -> None:

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import rich.box
 import rich.table
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.filesize import decimal
 
 from examples.llama.files import write_text
+from examples.llama.pictures import picture, spread
 
 __all__ = ["RunResult", "draw_curves", "results_markdown", "results_table", "write_results"]
 
@@ -149,23 +148,32 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], *, title: str) -> None:
       curves: Metrics of each optimizer, as `metrics.read_metrics` returns them.
       title: Of the picture.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for index, (optimizer, curve) in enumerate(curves.items()):
-        color = f"C{index}"
-        steps, losses = _series(curve, "loss")
-        axes.plot(steps, _smoothed(losses), color=color, alpha=0.35, linewidth=1)
-        steps, losses = _series(curve, "validation_loss")
-        label = f"{optimizer} ({losses[-1]:.3f})" if len(losses) else optimizer
-        axes.plot(steps, losses, color=color, marker="o", markersize=4, linewidth=2, label=label)
-    axes.set_ylim(*_limits(curves.values()))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(title="validation (thin: training)")
-    figure.savefig(path, dpi=150)
+    bottom, top = _limits(curves.values())
+    with picture(path, width=6.4, height=4.2) as figure:
+        axes = figure.subplots()
+        ends = []
+        for index, (optimizer, curve) in enumerate(curves.items()):
+            color, marker = f"C{index}", "os^DvPX"[index % 7]
+            steps, losses = _series(curve, "loss")
+            axes.plot(steps, _smoothed(losses), color=color, alpha=0.35, linewidth=1)
+            steps, losses = _series(curve, "validation_loss")
+            axes.plot(steps, losses, color=color, marker=marker, markersize=4, linewidth=2)
+            if len(losses):
+                height = min(losses[-1], top) if math.isfinite(losses[-1]) else top
+                ends.append((height, steps[-1], f"{optimizer}, {losses[-1]:.3f}"))
+        ends.sort()
+        heights = spread([height for height, _, _ in ends], distance=(top - bottom) / 18)
+        for (_, step, label), height in zip(ends, heights, strict=True):
+            axes.annotate(
+                f"  {label}", (step, height), va="center", fontsize=9, annotation_clip=False
+            )
+        axes.set(
+            ylim=(bottom, top),
+            xlabel="step",
+            ylabel="loss, nats a token",
+            title=f"{title}\nthick: validation, thin: training",
+        )
+        axes.title.set_fontsize(10)
 
 
 def _series(curve: Curve, name: str) -> tuple[np.ndarray, np.ndarray]:
