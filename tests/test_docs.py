@@ -23,7 +23,8 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block_runs_and_learns(block):
+def test_block_runs_and_learns(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     namespace: dict[str, object] = {"__name__": "__docs__"}
     with jax.numpy_rank_promotion("allow"):  # a user's program, not ours
         exec(compile(block, "docs", "exec"), namespace)
