@@ -45,6 +45,7 @@ JAX_OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
     "optax.adamw": lambda rank: optax.adamw(_LEARNING_RATE),
     "optax.adafactor": lambda rank: optax.adafactor(_LEARNING_RATE),
     "optax.contrib.muon": lambda rank: optax.contrib.muon(_LEARNING_RATE),
+    "SWAN": lambda rank: apollo_optax.swan(_LEARNING_RATE),
     "APOLLO-Mini": lambda rank: apollo_optax.apollo_mini(_LEARNING_RATE),
     "APOLLO": lambda rank: apollo_optax.apollo(_LEARNING_RATE, rank),
     "APOLLO, Rademacher": lambda rank: apollo_optax.apollo(
