@@ -186,7 +186,11 @@ def _json_object(line: bytes, where: str) -> tuple[dict[str, Any], str]:
 
 def _json_text(row: dict[str, Any], where: str) -> str:
     if "text" not in row:
-        raise ValueError(f'{where}: no "text" field; the fields are {sorted(row)}')
+        remedy = "; give a .jsonl file of messages or prompts by itself, not in a folder"
+        raise ValueError(
+            f'{where}: no "text" field; the fields are {sorted(row)}'
+            f"{remedy if row.keys() & {'messages', 'prompt'} else ''}"
+        )
     text = row["text"]
     if not isinstance(text, str | None):
         raise ValueError(f'{where}: "text" is a {type(text).__name__}; expected a string')

@@ -57,7 +57,7 @@ class Text(NamedTuple):
             return self.validation[:tokens]
         ids = self.validation[0]
         answer = int(np.argmax(ids >= 0))
-        return ~ids[: max(1, answer)] if answer else ids[:1]
+        return ~ids[:answer] if answer else ids[:1]
 
 
 def read_examples(examples: Examples, tokenizer: Tokenizer, template: ChatTemplate | None) -> Text:

@@ -10,6 +10,7 @@ import pytest
 
 from examples.llama import data, model
 from examples.llama.config import LlamaConfig
+from examples.llama.corpus import load_corpus
 from examples.llama.instructions import (
     ChatTemplate,
     encode_example,
@@ -189,3 +190,14 @@ def test_examples_that_do_not_fit_are_counted() -> None:
     ):
         kept = rows(8)
     assert len(kept) == 2
+
+
+def test_too_few_examples_for_a_batch_are_counted() -> None:
+    with pytest.raises(ValueError, match=r"there are 4 sequences, and one batch needs 5; use"):
+        data.row_batches(rows(24), batch_size=5)
+
+
+def test_examples_in_a_folder_are_answered_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    with pytest.raises(ValueError, match=r"line 1: no .text. field.*by itself, not in a folder"):
+        load_corpus(str(tmp_path))
