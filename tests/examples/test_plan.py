@@ -9,7 +9,7 @@ import pytest
 from apollo_optax import planning, quantization
 from examples.llama import model
 from examples.llama.config import MODELS, parameter_count
-from examples.llama.plan import main
+from examples.llama.plan import PlanConfig, main, plan_step
 
 pytestmark = pytest.mark.optimized
 
@@ -77,6 +77,32 @@ def test_sizes_below_one_are_answered_in_one_line(
 ) -> None:
     assert main([*SMALL, flag, value]) == 2
     assert capsys.readouterr().err == f"error: {flag} is {value}; expected at least 1\n"
+
+
+@pytest.mark.planning
+def test_swan_copies_no_stack_of_layers_to_lay_it_out_anew(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 256, "hidden_size": 1024, "intermediate_size": 3584}
+    sizes |= {"num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    swan, mini = (
+        plan_step(
+            PlanConfig(
+                load=tmp_path,
+                device="rtx-4090-24gb",
+                weights="int8",
+                update="layerwise",
+                optimizer=name,
+                vocabulary="factored",
+                sequence=128,
+            )
+        )
+        for name in ("swan", "apollo_mini")
+    )
+    assert swan.temporary_bytes is not None
+    assert mini.temporary_bytes is not None
+    # Copies of the two stacks that it would lay out anew take 40 MiB more than APOLLO-Mini's step.
+    one_stack = 12 * 1024 * 3584
+    assert swan.temporary_bytes < mini.temporary_bytes + one_stack / 2
 
 
 @pytest.mark.planning
