@@ -415,7 +415,8 @@ def pod_table(rows: Sequence[Row]) -> str:
     for (device, mesh), (name, config) in itertools.product(PODS.items(), POD_STEPS.items()):
         row = row_of(rows, on_pod(config, device, mesh))
         seconds = [
-            f"{1e3 * row[f'{part}_seconds']:.1f} ms" for part in ("compute", "memory", "collective")
+            f"{1e3 * row[f'{part}_seconds']:,.3g} ms"
+            for part in ("compute", "memory", "collective")
         ]
         cells = [
             f"`{device}`, {mesh}",
