@@ -5,6 +5,7 @@ step, so what a step needs is known before a chip is rented; nothing is run.
 
     plan = planning.compile_for("a100-80gb:8", step, params, state, batch, donate_argnums=(0, 1))
     plan.fits, plan.peak_bytes, plan.collectives
+    plan.step_seconds_at_least, plan.limited_by
 
 In a checkout, install with `pip install -e '.[planning]'`. Set `JAX_PLATFORMS=cpu` so that JAX does
 not look for the chips. What the numbers leave out: memory of other processes on a chip, and the

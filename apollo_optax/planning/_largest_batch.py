@@ -17,11 +17,14 @@ class LargestBatch:
       batch: The largest batch that fits; 0 if none does.
       plan: Its plan; None if none fits.
       next_plan: The plan of the smallest batch found not to fit; None if the limit still fits.
+      plans: Those of all batches that were tried. The one with the highest bound on throughput need
+        not be the largest: near its capacity a chip's compiler computes some things twice.
     """
 
     batch: int
     plan: Plan | None
     next_plan: Plan | None
+    plans: Mapping[int, Plan] = dataclasses.field(default_factory=dict)
 
 
 def largest_batch(
@@ -74,7 +77,8 @@ def largest_batch(
         plan = plans[candidate] = plan_of(candidate)
         fits, refused = (candidate, refused) if plan.fits else (fits, candidate)
         candidate = _next_candidate(plans, fits, refused, most)
-    return LargestBatch(fits * multiple_of, plans.get(fits), plans.get(refused))
+    tried = {multiple * multiple_of: plan for multiple, plan in plans.items()}
+    return LargestBatch(fits * multiple_of, plans.get(fits), plans.get(refused), tried)
 
 
 def _next_candidate(plans: Mapping[int, Plan], fits: int, refused: int, most: int) -> int:

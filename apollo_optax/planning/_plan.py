@@ -15,13 +15,21 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from apollo_optax.planning._hlo import Collective, parse_program, read_traffic
+from apollo_optax.planning._hlo import (
+    Collective,
+    Program,
+    hbm_bytes,
+    parse_program,
+    read_traffic,
+)
+from apollo_optax.planning._roofline import Bounds, bounds, operations
 from apollo_optax.planning._targets import (
     GPUS,
     Target,
     devices_of,
     missing_compiler,
     parse_target,
+    rates_of,
 )
 
 
@@ -42,15 +50,25 @@ class Plan:
       alias_bytes: Outputs in the place of a donated argument.
       temporary_bytes: What lives only within the step: gradients, activations.
       collectives: By kind.
-      flops: Floating-point operations, the body of a loop counted once.
-      hbm_bytes: Bytes read from and written to memory, the body of a loop counted once; those of a
-        Pallas kernel as its `cost_estimate` has them.
+      flops: Operations of matrix products and convolutions, those in loops once a trip. Those of a
+        kernel are not known.
+      hbm_bytes: Bytes that the program's instructions read from and write to memory, those in loops
+        once a trip. On a GPU an estimate: what its cache saves is not known.
+      compute_seconds: `flops` at the chip's peak for the dtype of each product.
+      memory_seconds: Bytes of the arguments that the step reads and of the results that it writes,
+        less what a cache may hold of them, at the peak of the chip's memory. They cross however
+        well the rest is fused; `hbm_bytes` over that peak is an estimate, and no bound.
+      collective_seconds: What the collectives send, or receive, at the peak of a device's links, of
+        the slowest kind of link.
       loops: Trips of each loop, None for a loop whose trips the program does not tell.
       refusal: The compiler's words if it refused the program.
 
-    A field is None where the compiler does not report it: `flops` and `hbm_bytes` on GPUs,
-    `collectives` and `loops` where it gives no text of the program, and all but `argument_bytes` of
-    a program that it refuses.
+    Seconds are lower bounds for this program, of peaks that no program reaches: they say how fast a
+    step cannot be, never how fast it is. `planning._roofline` has what they leave out.
+
+    A field is None where it is not known: `flops` and `hbm_bytes` with a loop whose trips the
+    program does not tell, seconds on local devices, all that is read off the text of the program
+    where the compiler gives none, and all but `argument_bytes` of a program that it refuses.
     """
 
     target: str
@@ -66,6 +84,9 @@ class Plan:
     flops: float | None
     hbm_bytes: float | None
     loops: tuple[int | None, ...] | None
+    compute_seconds: float | None = None
+    memory_seconds: float | None = None
+    collective_seconds: float | None = None
     refusal: str | None = None
 
     @property
@@ -74,6 +95,37 @@ class Plan:
         if self.collectives is None:
             return None
         return sum(collective.bytes for collective in self.collectives.values())
+
+    @property
+    def step_seconds_at_least(self) -> float | None:
+        """The largest of the three bounds, if all else is behind it; None if they are not known."""
+        seconds = self._seconds()
+        return max(seconds.values()) if seconds else None
+
+    @property
+    def step_seconds_without_overlap(self) -> float | None:
+        """Their sum: the bound for a step that does one of the three after the other."""
+        seconds = self._seconds()
+        return sum(seconds.values()) if seconds else None
+
+    @property
+    def limited_by(self) -> str | None:
+        """Which bound is the largest: `"compute"`, `"memory"` or `"links"`."""
+        seconds = self._seconds()
+        return max(seconds, key=seconds.__getitem__) if seconds else None
+
+    def tokens_per_second_at_most(self, tokens: int) -> float | None:
+        """The bound on throughput of a step that takes so many tokens, of all devices together."""
+        seconds = self.step_seconds_at_least
+        return tokens / seconds if seconds else None
+
+    def _seconds(self) -> dict[str, float]:
+        seconds = {
+            "compute": self.compute_seconds,
+            "memory": self.memory_seconds,
+            "links": self.collective_seconds,
+        }
+        return {name: value for name, value in seconds.items() if value is not None}
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON's types."""
@@ -186,9 +238,13 @@ def _compiler_options(
 
 def _plan(target: Target, compiled: jax.stages.Compiled) -> Plan:
     memory: Any = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
     text = compiled.as_text()
-    traffic = read_traffic(parse_program(text)) if text else None
+    program = parse_program(text) if text else None
+    traffic = program and read_traffic(program)
+    rates = rates_of(target)
+    least: Bounds | None = None
+    if program and rates:
+        least = bounds(program, rates, target.device_count, target.slices)
     peak_bytes = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -206,10 +262,19 @@ def _plan(target: Target, compiled: jax.stages.Compiled) -> Plan:
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         collectives=traffic and traffic.collectives,
-        flops=cost.get("flops"),
-        hbm_bytes=cost.get("bytes accessed"),
+        flops=_if_told(operations, program),
+        hbm_bytes=_if_told(hbm_bytes, program),
         loops=traffic and traffic.loops,
+        **(least._asdict() if least else {}),
     )
+
+
+def _if_told(count: Callable[[Program], float], program: Program | None) -> float | None:
+    """A count over a program; None if a loop does not tell its trips."""
+    try:
+        return count(program) if program else None
+    except ValueError:
+        return None
 
 
 def _refused(target: Target, args: tuple[Any, ...], error: jax.errors.JaxRuntimeError) -> Plan:

@@ -2,6 +2,15 @@
 
 The tables hold facts: the vendors' data sheets, what a CUDA program reads from the driver, and what
 the TPU compiler calls available. Where they differ from the number in a chip's name, they count.
+
+Rates are peaks, of one direction where a link has two:
+
+- TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. What the network of a v4 host carries
+  is not on its page; the figure is that of the fastest of the others.
+- Operations of GPUs: those of a multiprocessor in a clock, as in NVIDIA's white papers on the
+  architectures, at the highest clock. That gives an A100's data sheet, 312 teraflops in bfloat16,
+  and 8% more than an H100's 989, which are at a lower clock.
+- Links: the data sheets' NVLink or PCI Express, and the InfiniBand of a DGX, a card a GPU.
 """
 
 import contextlib
@@ -32,6 +41,11 @@ class Tpu(NamedTuple):
       largest: Chips of its largest slice.
       devices_per_chip: JAX devices of a chip.
       usable_bytes: HBM of a device that programs may use, "available HBM" in the compiler's words.
+      teraflops: Of a chip's products of 16 bits. Those of float32 are made of 16 bits too.
+      teraops: Of its products of 8 bits.
+      gigabytes_per_second: Of its HBM.
+      link_gigabytes: Of one link to a neighbour, one direction, in a second.
+      network_gigabytes: Of its share of the host's network, one direction, in a second.
       options: What `get_topology_desc` needs beside the name.
     """
 
@@ -40,41 +54,72 @@ class Tpu(NamedTuple):
     largest: int
     devices_per_chip: int
     usable_bytes: int
+    teraflops: float
+    teraops: float
+    gigabytes_per_second: float
+    link_gigabytes: float
+    network_gigabytes: float
     options: Mapping[str, str] = {}
 
 
 TPUS: dict[str, Tpu] = {
     # 32 GiB. Without "megacore" each of a chip's two cores would be a device.
-    "tpu-v4": Tpu("v4", 3, 4096, 1, int(30.75 * GIB), {"chip_config_name": "megacore"}),
-    "tpu-v5e": Tpu("v5e", 2, 256, 1, int(15.75 * GIB)),  # 16 GiB
-    "tpu-v5p": Tpu("v5p", 3, 8960, 1, int(95.74 * GIB)),  # 95.74 GiB
-    "tpu-v6e": Tpu("v6e", 2, 256, 1, int(31.25 * GIB)),  # 32 GiB
-    "tpu7x": Tpu("tpu7x", 3, 9216, 2, int(94.75 * GIB)),  # 192 GiB a chip of two devices
+    "tpu-v4": Tpu(
+        *("v4", 3, 4096, 1, int(30.75 * GIB)),
+        *(275, 275, 1228.8, 50, 12.5),
+        {"chip_config_name": "megacore"},
+    ),
+    "tpu-v5e": Tpu("v5e", 2, 256, 1, int(15.75 * GIB), 197, 394, 819, 50, 3.125),  # 16 GiB
+    "tpu-v5p": Tpu("v5p", 3, 8960, 1, int(95.74 * GIB), 459, 918, 2765, 100, 6.25),  # 95.74 GiB
+    "tpu-v6e": Tpu("v6e", 2, 256, 1, int(31.25 * GIB), 918, 1836, 1640, 100, 12.5),  # 32 GiB
+    # 192 GiB a chip of two devices.
+    "tpu7x": Tpu("tpu7x", 3, 9216, 2, int(94.75 * GIB), 2307, 4614, 7380, 100, 12.5),
 }
 SLICES_2D = {(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)}
 SMALL_SLICES_3D = {(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)}
 
 
 class Architecture(NamedTuple):
-    """What the GPUs of a generation have in common, a streaming multiprocessor each."""
+    """What the GPUs of a generation have in common, a streaming multiprocessor each.
+
+    `operations` are those of products in a clock, by the bits of an operand: tensor cores, with
+    sums in float32 where operands have 16 bits and TF32 for float32. `reduces_in_switch` is whether
+    the switch between a host's GPUs adds up.
+    """
 
     capability: str
     fpus: int
     threads: int
     shared_bytes: int
     shared_bytes_of_a_block: int
+    operations: Mapping[int, int]
+    reduces_in_switch: bool = False
 
 
-AMPERE = Architecture("major: 8", 64, 2048, 164 * 1024, 163 * 1024)
-ADA = Architecture("major: 8 minor: 9", 128, 1536, 100 * 1024, 99 * 1024)
-HOPPER = Architecture(
-    "major: 9 feature_extension: ACCELERATED_FEATURES", 128, 2048, 228 * 1024, 227 * 1024
+AMPERE = Architecture(
+    *("major: 8", 64, 2048, 164 * 1024, 163 * 1024), {64: 128, 32: 1024, 16: 2048, 8: 4096}
 )
-BLACKWELL = HOPPER._replace(capability="major: 10 feature_extension: ACCELERATED_FEATURES")
+ADA = Architecture(
+    *("major: 8 minor: 9", 128, 1536, 100 * 1024, 99 * 1024), {64: 4, 32: 256, 16: 512, 8: 2048}
+)
+HOPPER = Architecture(
+    *("major: 9 feature_extension: ACCELERATED_FEATURES", 128, 2048, 228 * 1024, 227 * 1024),
+    {64: 256, 32: 2048, 16: 4096, 8: 8192},
+    reduces_in_switch=True,
+)
+BLACKWELL = HOPPER._replace(
+    capability="major: 10 feature_extension: ACCELERATED_FEATURES",
+    operations={64: 128, 32: 4096, 16: 8192, 8: 16384},
+)
 
 
 class Gpu(NamedTuple):
-    """A GPU model. `memory_bytes` is the total that a CUDA program reads from the driver."""
+    """A GPU model.
+
+    `memory_bytes` is the total that a CUDA program reads from the driver. `link_gigabytes` and
+    `network_gigabytes` leave it in a second for GPUs of its host and of others; a consumer's card
+    has no network of its own.
+    """
 
     description: str
     architecture: Architecture
@@ -83,18 +128,26 @@ class Gpu(NamedTuple):
     l2_mib: int
     gigabytes_per_second: float
     memory_bytes: int
+    link_gigabytes: float
+    network_gigabytes: float | None = None
 
 
 GPUS: dict[str, Gpu] = {
-    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", AMPERE, 108, 1.41, 40, 1555.2, 42331013120),
-    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", AMPERE, 108, 1.41, 40, 2039.04, 85100068864),
-    "h100-80gb": Gpu("NVIDIA H100 80GB HBM3", HOPPER, 132, 1.98, 50, 3352.32, 84942979072),
-    "h200": Gpu("NVIDIA H200", HOPPER, 132, 1.98, 50, 4800.0, 151397597184),
-    "b200": Gpu("NVIDIA B200", BLACKWELL, 148, 1.965, 126, 7672.32, 191514411008),
-    "rtx-4090-24gb": Gpu("NVIDIA GeForce RTX 4090", ADA, 128, 2.52, 72, 1008.0, 24080 * MIB),
-    "rtx-4080-16gb": Gpu("NVIDIA GeForce RTX 4080", ADA, 76, 2.505, 64, 716.8, 16049 * MIB),
-    "rtx-4070-12gb": Gpu("NVIDIA GeForce RTX 4070", ADA, 46, 2.475, 36, 504.0, 12000 * MIB),
-    "rtx-4060-8gb": Gpu("NVIDIA GeForce RTX 4060", ADA, 24, 2.46, 24, 272.0, 7936 * MIB),
+    "a100-40gb": Gpu(
+        *("NVIDIA A100-SXM4-40GB", AMPERE, 108, 1.41, 40, 1555.2, 42331013120, 300, 25)
+    ),
+    "a100-80gb": Gpu(
+        *("NVIDIA A100-SXM4-80GB", AMPERE, 108, 1.41, 40, 2039.04, 85100068864, 300, 25)
+    ),
+    "h100-80gb": Gpu(
+        *("NVIDIA H100 80GB HBM3", HOPPER, 132, 1.98, 50, 3352.32, 84942979072, 450, 50)
+    ),
+    "h200": Gpu("NVIDIA H200", HOPPER, 132, 1.98, 50, 4800.0, 151397597184, 450, 50),
+    "b200": Gpu("NVIDIA B200", BLACKWELL, 148, 1.965, 126, 7672.32, 191514411008, 900, 50),
+    "rtx-4090-24gb": Gpu("NVIDIA GeForce RTX 4090", ADA, 128, 2.52, 72, 1008.0, 24080 * MIB, 32),
+    "rtx-4080-16gb": Gpu("NVIDIA GeForce RTX 4080", ADA, 76, 2.505, 64, 716.8, 16049 * MIB, 32),
+    "rtx-4070-12gb": Gpu("NVIDIA GeForce RTX 4070", ADA, 46, 2.475, 36, 504.0, 12000 * MIB, 32),
+    "rtx-4060-8gb": Gpu("NVIDIA GeForce RTX 4060", ADA, 24, 2.46, 24, 272.0, 7936 * MIB, 16),
 }
 GPUS_PER_HOST = 8
 
@@ -103,6 +156,39 @@ GPUS_PER_HOST = 8
 GPU_USABLE_FRACTION = 0.95
 
 LOCAL = ("cpu", "local")
+
+
+class Hop(NamedTuple):
+    """A step on the way from one device to another.
+
+    Attributes:
+      devices: Devices that reach each other without it: 1 for the links of a GPU, 8 for the network
+        of its host.
+      bytes_per_second: What these devices send over it together; they receive as much.
+      reduces: Whether what is on the other side adds up and copies, as some switches do.
+    """
+
+    devices: int
+    bytes_per_second: float
+    reduces: bool = False
+
+
+class Rates(NamedTuple):
+    """The peaks of one device.
+
+    Attributes:
+      operations: Of products, a second, by the bits of an operand.
+      memory_bytes: A second, read and written.
+      cache_bytes: What a cache may hold that the program does not tell of; a TPU's program tells.
+      hops: The links.
+    """
+
+    operations: Mapping[int, float]
+    memory_bytes: float
+    cache_bytes: int = 0
+    hops: tuple[Hop, ...] = ()
+
+
 EXAMPLES = "'tpu-v5e:16x16', '2*tpu-v5e:16x16', 'a100-80gb:8', 'cpu:8' or 'local'"
 
 
@@ -159,6 +245,42 @@ class Target:
         if own and (stats := own[0].memory_stats()):
             return stats["bytes_limit"]
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.device_count
+
+
+def rates_of(target: Target) -> Rates | None:
+    """The peaks of a target's devices; None for local ones, whose chip is not told.
+
+    A chip of a TPU slice has a link to each neighbour: two an axis, one where the axis has two
+    chips.
+    """
+    if target.chip in TPUS:
+        tpu = TPUS[target.chip]
+        share = 1e12 / tpu.devices_per_chip
+        links = sum(min(2, size - 1) for size in target.shape)
+        hops = [Hop(tpu.devices_per_chip, 1e9 * tpu.link_gigabytes * links)]
+        if target.slices > 1:
+            chips = math.prod(target.shape)
+            hops.append(Hop(chips * tpu.devices_per_chip, 1e9 * tpu.network_gigabytes * chips))
+        return Rates(
+            operations={16: share * tpu.teraflops, 8: share * tpu.teraops},
+            memory_bytes=1e9 * tpu.gigabytes_per_second / tpu.devices_per_chip,
+            hops=tuple(hop for hop in hops if hop.bytes_per_second),
+        )
+    if target.chip in GPUS:
+        gpu = GPUS[target.chip]
+        architecture = gpu.architecture
+        hops = [Hop(1, 1e9 * gpu.link_gigabytes, architecture.reduces_in_switch)]
+        if gpu.network_gigabytes:
+            host = 1e9 * gpu.network_gigabytes * GPUS_PER_HOST
+            hops.append(Hop(GPUS_PER_HOST, host, reduces=True))
+        clock = 1e9 * gpu.clock_ghz * gpu.multiprocessors
+        return Rates(
+            operations={bits: count * clock for bits, count in architecture.operations.items()},
+            memory_bytes=1e9 * gpu.gigabytes_per_second,
+            cache_bytes=gpu.l2_mib * MIB,
+            hops=tuple(hops),
+        )
+    return None
 
 
 def parse_target(target: str | Target) -> Target:

@@ -69,7 +69,8 @@ class PlanConfig:
       vocabulary: The rule of embedding and head; for apollo, apollo_mini and swan.
       project_embeddings: Treat embedding and head as the other matrices, instead of training them
         with Adam.
-      largest_batch: Find the largest batch a device that fits, too.
+      largest_batch: Find the largest batch a device that fits, too, and of the batches that are
+        tried the one with the highest bound on tokens a second.
       json: Print one JSON object.
       load: A model of LLaMA's blocks instead of --model: its config.json or its folder, a .gguf
         file, or hf:NAME. Its weights are not read.
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan_report(config: PlanConfig) -> dict[str, Any]:
-    """Returns what `--json` prints: what was asked, the plan, and the bytes of the weights alone.
+    """Returns what `--json` prints: what was asked, the plan, its bounds, the bytes of the weights.
 
     Raises as `plan_step` does.
     """
@@ -121,8 +122,20 @@ def plan_report(config: PlanConfig) -> dict[str, Any]:
     report = asked(config) | plan.as_dict()
     report["weight_bytes"] = weight_bytes(config)
     report["collective_bytes"] = plan.collective_bytes
+    report["step_seconds_at_least"] = plan.step_seconds_at_least
+    report["step_seconds_without_overlap"] = plan.step_seconds_without_overlap
+    report["limited_by"] = plan.limited_by
+    report["tokens_per_second_at_most"] = _tokens_per_second(config, config.batch, plan)
     if config.largest_batch:
-        report["largest_batch"] = _largest_batch(config)
+        found = _largest_batch(config)
+        report["largest_batch"] = found.batch
+        bounds = {
+            batch: bound
+            for batch, tried in found.plans.items()
+            if tried.fits and (bound := _tokens_per_second(config, batch, tried))
+        }
+        report["best_bound_batch"] = max(bounds, key=bounds.__getitem__, default=None)
+        report["best_bound_tokens_per_second"] = max(bounds.values(), default=None)
     return report
 
 
@@ -170,13 +183,19 @@ def argument_bytes(config: PlanConfig) -> int:
     return bytes_on_a_device((abstract_state(run), abstract_tokens(run)))
 
 
-def _largest_batch(config: PlanConfig) -> int:
+def _tokens_per_second(config: PlanConfig, batch: int, plan: planning.Plan) -> float | None:
+    """The bound for all devices, with `batch` sequences a device."""
+    sequences = batch * devices_dividing_batch(_mesh(config).shape)
+    return plan.tokens_per_second_at_most(sequences * config.sequence)
+
+
+def _largest_batch(config: PlanConfig) -> planning.LargestBatch:
     mesh = _mesh(config)
 
     def build(batch: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _step(config, mesh, batch)
 
-    return planning.largest_batch(config.device, build, mesh=mesh).batch
+    return planning.largest_batch(config.device, build, mesh=mesh)
 
 
 def _mesh(config: PlanConfig) -> Mesh:
@@ -248,8 +267,16 @@ def _readable(config: PlanConfig, report: dict[str, Any]) -> str:
     ]
     if report["collective_bytes"]:
         lines.append(f"collectives  {gib('collective_bytes')}   a step")
+    if report["limited_by"]:
+        lines.append(
+            f"bound        {report['tokens_per_second_at_most']:,.0f} tokens/s at most, limited by "
+            f"{report['limited_by']}; a step takes {report['step_seconds_at_least']:.3g} s or more"
+        )
     if "largest_batch" in report:
         lines.append(f"largest batch that fits: {report['largest_batch']} sequences a device")
+        if batch := report["best_bound_batch"]:
+            best = f"{report['best_bound_tokens_per_second']:,.0f} tokens/s at most"
+            lines.append(f"best bound of those tried: {best}, with {batch} sequences")
     return "\n".join(lines)
 
 
