@@ -42,12 +42,12 @@ def apollo(
     vocabulary_learning_rate: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """APOLLO trains like AdamW with moments of only a random projection of the gradient.
+    """APOLLO trains like AdamW, but its moments are of a random projection of the gradient.
 
     The optimizer is `chain(scale_by_apollo, add_decayed_weights, scale_by_learning_rate)`;
     `scale_by_apollo` has the equations. Leaves that are not matrices are trained with Adam:
-    embeddings, heads, norms and biases. They may have a learning rate and a weight decay of their
-    own.
+    embeddings, heads, norms and biases. These leaves may have a learning rate and a weight decay of
+    their own.
 
     The optimizer state of a matrix with larger side n has `2 * rank * n + 1` numbers. The state of
     any other leaf has two numbers for each weight and one for each index of the leaf's first axis

@@ -176,7 +176,7 @@ def scale_by_apollo(
 
     Then N_prev becomes N / c, unless N / c is 0. Where r >= m, nothing is projected: P is the
     identity, and the scale, which makes up for a projection, is 1. Leaves that are not matrices get
-    Adam's update. Those of full size get the update that `vocabulary` names.
+    Adam's update, except that leaves of full size get the update that `vocabulary` names.
 
     Gradients are read in their own dtype. Moments, norms and factors are computed in float32
     (float64 for float64 leaves). Updates have the dtype of the gradients. R = P G is accumulated in
@@ -210,23 +210,24 @@ def scale_by_apollo(
       vocabulary: The rule for leaves of full size that are not matrices: leaves with 128 indices or
         more on each of the last two axes, such as embedding tables and output heads. "adam" keeps
         two moments for every weight, as the paper does. "factored" is Adam's update without a first
-        moment and with a second moment of rank 1. Its state is the means of the squared gradient
+        moment and with a second moment of rank 1; the state is the means of the squared gradient
         over either of the two axes. "factored_momentum" adds a first moment, which is kept in
         `mu_dtype` (None means bfloat16).
       weight_dimension_numbers: The axes that make a matrix. None goes by names, as
-        `transformer_dimension_numbers` does. It makes a matrix of any other leaf with two axes, and
-        leaves those with more axes to Adam, with a warning. One `ApolloDimensionNumbers` applies to
-        every leaf with at least two axes. A tree of them, such as `infer_dimension_numbers`
-        returns, has None for leaves left to Adam; those of Muon and GaLore are accepted too. A
-        function of the parameters, such as `transformer_dimension_numbers`, returns a tree.
+        `transformer_dimension_numbers` does. Of the leaves with other names, those with two axes
+        are matrices, and those with more axes are left to Adam, with a warning. One
+        `ApolloDimensionNumbers` applies to every leaf with at least two axes. A tree of
+        `ApolloDimensionNumbers`, such as `infer_dimension_numbers` returns, has None for leaves
+        left to Adam; the specifications of Muon and GaLore are accepted too. A function of the
+        parameters, such as `transformer_dimension_numbers`, returns a tree.
       implementation: How the moments, factors and norms of a matrix are computed. None means by
         XLA. The kernels of `apollo_optax.experimental` save one read of each gradient, and raise an
         error where they cannot be used.
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra
-      argument `first_layer`, for slices of stacked leaves and of their state. It is the index on
-      the leading batch axis at which the slices start, so that each layer keeps its own projection.
+      argument `first_layer`, for slices of stacked leaves and of their state: the index on the
+      leading batch axis at which the slices start. Each layer then keeps its own projection.
 
     Raises:
       TypeError: If an argument has the wrong type; at init, if a parameter is not real floating

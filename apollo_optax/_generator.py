@@ -94,8 +94,8 @@ def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> A
 def stored(function: Callable[..., Any], *args: Any) -> Any:
     """Returns `function(*args)`, computed once on a CPU and not again for each use.
 
-    XLA's CPU compiler drops optimization barriers before fusion. It does not drop a call that it
-    must not inline.
+    XLA's CPU compiler drops optimization barriers before fusion, but not a call that it must not
+    inline.
     """
 
     def in_line(*args: Any) -> Any:

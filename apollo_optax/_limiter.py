@@ -49,7 +49,7 @@ def limit_norm_growth(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits how fast the norm of each leaf's update may grow, after any transformation.
 
-    This is APOLLO's limiter:
+    The equation is that of APOLLO's limiter:
 
     .. math::
       c = \max(N / (N_{prev} + 10^{-8}), \gamma) / \gamma, \quad U \leftarrow U / c

@@ -23,8 +23,8 @@ _TOGETHER_BYTES = 1 << 26
 class Projection(Protocol):
     """The signature of a projection.
 
-    A projection is a pure function of a matrix's key and the number of refreshes so far. It returns
-    P of shape `(rank, dim)`, float32, with `E[P.T @ P] = I`.
+    A projection is a pure function of a matrix's key and the number of refreshes so far. The result
+    is P of shape `(rank, dim)`, float32, with `E[P.T @ P] = I`.
     """
 
     def __call__(
@@ -92,7 +92,7 @@ def rademacher(
 def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*batch rank dim"]:
     """Takes the projection from the gradient itself, the paper's "APOLLO with SVD".
 
-    Pass this function as `projection=svd`. Such a projection cannot be redrawn, so P is kept in the
+    Pass this function as `projection=svd`. P cannot be redrawn from a key, so P is kept in the
     optimizer state (`rank * dim` more numbers per matrix) and recomputed at every refresh.
 
     Args:

@@ -147,9 +147,9 @@ class QuantizationRule:
         divide an axis, the axis is cut into groups of its largest divisor below `group_size`. If
         this divisor is less than a quarter of `group_size`, as for a prime axis, the whole axis is
         one group.
-      axes: The axis along which each leaf is grouped. This is a tree of ints, with None for a leaf
-        that is not quantized, or a function of the parameters that returns such a tree. An entry
-        may stand for a whole subtree.
+      axes: The axis along which each leaf is grouped, as a tree of ints with None for a leaf that
+        is not quantized, or as a function of the parameters that returns such a tree. An entry may
+        stand for a whole subtree.
 
     Raises:
       TypeError: If `group_size` is not an int.
@@ -261,8 +261,8 @@ def apply_updates(
 
     Hence `E[dequantize(result)] = w`. The scale depends only on w before the rounding, and puts the
     largest weight exactly on ±127. No weight is clipped, so that there is no bias and the scale
-    does not drift. u has 16 bits, which leaves a bias of at most 2^-17 of a step. This is 2^-24 of
-    the group's largest weight, as much as float32 itself rounds.
+    does not drift. u has 16 bits, which leaves a bias of at most 2^-17 of a step. A bias of this
+    size is 2^-24 of the group's largest weight, as much as float32 itself rounds.
 
     - A group whose update is zero does not change, bit for bit.
     - A group whose sum contains NaN or infinity becomes NaN as a whole and stays NaN. The next loss

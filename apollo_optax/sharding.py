@@ -43,8 +43,8 @@ def state_shardings(
         parameters. None means the shardings that `params` have.
 
     Returns:
-      A tree with the structure of `tx.init(params)` and a NamedSharding in place of each array. It
-      is for `jax.jit(..., out_shardings=...)`, `jax.device_put` and restoring checkpoints.
+      A tree with the structure of `tx.init(params)` and a NamedSharding in place of each array, for
+      `jax.jit(..., out_shardings=...)`, `jax.device_put` and restoring checkpoints.
 
     Raises:
       ValueError: If a parameter has no NamedSharding, if shardings are over different meshes, or if
@@ -72,7 +72,7 @@ def shardings_of(
     `state_shardings` is this function with `make=tx.init`.
 
     Args:
-      make: A function of the parameters that returns a tree of arrays. It is traced and not run.
+      make: A function of the parameters that returns a tree of arrays, which is traced and not run.
       params: As in `state_shardings`.
       shardings: As in `state_shardings`.
 

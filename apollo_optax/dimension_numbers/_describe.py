@@ -36,7 +36,7 @@ class Row(NamedTuple):
       reason: What the model does with the parameter.
       state_numbers: The count of numbers in the optimizer state of all copies.
       state_bytes: The bytes of the optimizer state of all copies.
-      over_adamw: These bytes, divided by the bytes of AdamW's float32 moments.
+      over_adamw: `state_bytes`, divided by the bytes of AdamW's float32 moments.
     """
 
     path: str

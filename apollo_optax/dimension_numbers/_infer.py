@@ -62,8 +62,8 @@ def infer_dimension_numbers(
     parameter.
 
     Args:
-      forward: The model's forward function or its loss function. It may return logits, a loss, or
-        several results.
+      forward: The model's forward function or its loss function, which may return logits, a loss,
+        or several results.
       params: The parameters, as arrays or ShapeDtypeStructs. Other leaves are passed unchanged.
       *inputs: The arguments of `forward` after the parameters, as arrays or ShapeDtypeStructs.
         Others, such as Python's numbers, are passed unchanged.
@@ -136,8 +136,8 @@ def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> lis
     jaxpr = jax.make_jaxpr(call)(*arrays).jaxpr
     if not jaxpr.outvars:
         raise ValueError(
-            f"forward returned no array, got {forward!r}. It must return logits, a loss or several "
-            f"arrays."
+            f"forward returned no array, got {forward!r}; a forward function must return logits, a "
+            f"loss or several arrays."
         )
     count = len(jax.tree.leaves(params))
     shapes = [tuple(leaf.shape) if a else () for leaf, a in zip(leaves, is_array, strict=True)]

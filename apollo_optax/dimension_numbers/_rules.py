@@ -24,8 +24,8 @@ def dimension_numbers_from_rules(rules: Sequence[tuple[str, Any]]) -> Callable[[
 
     Returns:
       A function of the parameters that returns the tree of their specifications. Pass this function
-      as `weight_dimension_numbers`. It raises ValueError if a specification does not fit the shape
-      of a leaf, or if no expression is found for a leaf with two or more axes.
+      as `weight_dimension_numbers`. The function raises ValueError if a specification does not fit
+      the shape of a leaf, or if no expression is found for a leaf with two or more axes.
 
     Raises:
       TypeError: If a rule is not such a pair.

@@ -1,7 +1,7 @@
 """Fuses the backward pass with the update, one layer at a time.
 
 No gradient of the whole model exists. A model is three pure functions over `{"blocks": stacked,
-"rest": ...}`. The step runs the blocks forward and keeps their inputs. It then runs the blocks
+"rest": ...}`. The step runs the blocks forward and keeps their inputs, and then runs the blocks
 backwards. Any per-leaf Optax transformation turns the gradient of a block into an update, which is
 written into the stacked weights in place. The gradient is dropped before the next block. The
 optimizer state is the ordinary state of the stacked tree, so checkpoints fit both kinds of step.
@@ -10,8 +10,8 @@ What needs all gradients at once cannot be combined with a layer-wise step:
 
 - In place of clipping by the global norm, use APOLLO's limiter (`limit_norm_growth`), which needs
   only the norm of each matrix.
-- In place of gradient accumulation (`optax.MultiSteps`), use a larger micro-batch. Its activations
-  take less memory than the accumulated gradients.
+- In place of gradient accumulation (`optax.MultiSteps`), use a larger micro-batch. The activations
+  take less memory than the accumulated gradients would.
 - In place of `optax.apply_if_finite`, use `make_guarded_step`.
 
 Statistics of a stacked leaf, such as a trust ratio or a clipped root mean square, are statistics of

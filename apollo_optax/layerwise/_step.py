@@ -213,8 +213,8 @@ def make_loss(
     """Returns the loss alone, `(params, batch) -> scalar`, for evaluation.
 
     The function reads the weights one layer at a time, as the step does, so that no float copy of
-    quantized weights exists. It returns what `model.loss` returns, scalar or not. If `model.loss`
-    is an output head, these are logits.
+    quantized weights exists. The result is what `model.loss` returns, scalar or not. If
+    `model.loss` is an output head, the result is logits.
     """
 
     def loss_of(params: Params, batch: Batch) -> Float[Array, ""]:

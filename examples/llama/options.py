@@ -77,9 +77,9 @@ class ModelOptions:
         of this model.
       preset: paper also takes the paper's learning rate and bf16, for the models that the paper
         trains.
-      load: A LLaMA to fine-tune in place of a new --model. It is a folder in Hugging Face's
-        format, a .gguf file, or hf:NAME for the Hugging Face hub. The defaults are then the paper's
-        for fine-tuning, and 3 epochs.
+      load: A LLaMA to fine-tune in place of a new --model, as a folder in Hugging Face's format, as
+        a .gguf file, or as hf:NAME for the Hugging Face hub. The defaults are then the paper's for
+        fine-tuning, and 3 epochs.
     """
 
     name: Annotated[ModelName, tyro.conf.arg(name="model"), MODEL_NAME] = "nano"
@@ -95,14 +95,14 @@ class TrainingOptions:
       weights: The dtype of the weights. bf16 and int8 weights are rounded stochastically. int8
         weights share a scale in groups of 128, and need --update layerwise.
       compute: The dtype of the matrix products.
-      remat: Recompute activations in the backward pass. This takes less memory, and a third more
+      remat: Recompute activations in the backward pass, which takes less memory and a third more
         time.
       batch: The number of sequences in a step.
       sequence: The number of tokens in a sequence.
       micro_batches: The number of parts of a batch whose gradients are accumulated one after
-        another. More parts take less memory, and the step is the same.
+        another. More parts take less memory, and the step has the same result.
       update: layerwise computes and uses the gradient of one layer at a time, so that no gradient
-        of the whole model exists. This takes far less memory, and the step is the same. layerwise
+        of the whole model exists. The step takes far less memory and has the same result. layerwise
         cannot be combined with --clip or --micro-batches, which need all gradients at once.
       spike_limit: Skip a step if its loss is this many nats above the mean of about the last 50
         steps. 0 means no limit. Steps whose gradients are not finite, or all zero, are always
@@ -217,8 +217,8 @@ class PretrainConfig:
     the command that continues it.
 
     Attributes:
-      compare: Several optimizers instead of one. They are trained one after another, from the same
-        weights and on the same batches.
+      compare: Several optimizers instead of one. The model is trained with one after another, from
+        the same weights and on the same batches.
     """
 
     model: ModelOptions = ModelOptions()
