@@ -64,10 +64,10 @@ from apollo_optax._projections import (
     refit_projections,
 )
 
-# (R_tilde, R), both (rank, *channel), to one factor a channel.
+# From (R_tilde, R), both (rank, *channel), to one factor per channel.
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
-# (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
+# From (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
 Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 
 

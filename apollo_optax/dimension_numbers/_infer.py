@@ -146,12 +146,12 @@ def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> lis
         for index, leaf in enumerate(leaves)
         if is_array[index]
     ]
-    # What random numbers are added to is not an activation for that reason.
+    # Random numbers that are added to a parameter do not make an activation of the sum.
     values = [
         Value() if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else value
         for value, array in zip(values, arrays, strict=True)
     ]
-    # If there are no inputs, the constants include them.
+    # If `inputs` is empty, the inputs are among the constants.
     facts = Facts(shapes[:count], Value(data=len(arrays) == sum(is_array[:count])))
     results = _trace.interpret(facts, jaxpr, values)
     heads = _heads(facts, results)
