@@ -1,4 +1,4 @@
-"""APOLLO, APOLLO-Mini and SWAN: the transformation with weight decay and a learning rate."""
+"""APOLLO, APOLLO-Mini and SWAN, each a transformation with weight decay and a learning rate."""
 
 import warnings
 from collections.abc import Callable
@@ -42,51 +42,56 @@ def apollo(
     vocabulary_learning_rate: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """APOLLO: AdamW's training with moments of a random projection of the gradient only.
+    """APOLLO trains like AdamW, but its moments are of a random projection of the gradient.
 
-    `chain(scale_by_apollo, add_decayed_weights, scale_by_learning_rate)`; the equations are those
-    of `scale_by_apollo`. Leaves that are not matrices are Adam's: embeddings, heads, norms, biases.
-    They may have a learning rate and a weight decay of their own. The optimizer state of a matrix
-    with larger side n is `2 * rank * n + 1` numbers; of any other leaf twice its size, or what
-    `vocabulary` says, and one more for each index of its first axis (one in all if it has a single
-    axis).
+    The optimizer is `chain(scale_by_apollo, add_decayed_weights, scale_by_learning_rate)`;
+    `scale_by_apollo` has the equations. Leaves that are not matrices are trained with Adam:
+    embeddings, heads, norms and biases. These leaves may have a learning rate and a weight decay of
+    their own.
+
+    The optimizer state of a matrix with larger side n has `2 * rank * n + 1` numbers. The state of
+    any other leaf has two numbers for each weight and one for each index of the leaf's first axis
+    (one in all if the leaf has a single axis), or what `vocabulary` says.
 
     Args:
-      learning_rate: A number or a schedule. The paper pre-trains with 0.01, ten times AdamW's.
-      rank: Rows of the projection. The paper takes a quarter of the hidden size.
-      update_proj_gap: Steps between two projections.
-      scale: The paper's alpha: 1, or 1/2 from 1B parameters.
-      granularity: "channel", "tensor" or a function, see `scale_by_apollo`.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      norm_growth_limit: Largest ratio of the norms of a matrix's consecutive updates; None for no
-        limit.
-      projection: `gaussian` (None means it), `rademacher`, `svd` or a function of your own.
-      key: Seed or PRNG key of the projections.
-      mu_dtype: Dtype of the first moment.
-      vocabulary: The rule of leaves of full size that are not matrices, embedding tables and output
-        heads: "adam" (the paper), "factored" (about V + d numbers for a table (V, d)) or
-        "factored_momentum", see `scale_by_apollo`.
-      weight_dimension_numbers: Which axes make a matrix; `transformer_dimension_numbers` for Flax's
-        transformers.
-      implementation: A kernel of `apollo_optax.experimental`; None for XLA's own program.
-      weight_decay: Decoupled weight decay, a number or a schedule, multiplied by the learning rate.
-      adam_learning_rate: A number or a schedule for the leaves that are not matrices. None means
-        `learning_rate`.
-      adam_weight_decay: Weight decay of the leaves that are not matrices, multiplied by their
-        learning rate. None means `weight_decay`.
-      vocabulary_learning_rate: A number or a schedule for the leaves that `vocabulary` is about,
-        whichever it is. None means `adam_learning_rate`.
-      mask: Which leaves are decayed: a tree of booleans, or a function of the parameters that
+      learning_rate: The learning rate, a number or an Optax schedule. The paper pre-trains with
+        0.01, ten times the rate of AdamW.
+      rank: The number of rows of the projection. The paper takes a quarter of the hidden size.
+      update_proj_gap: The number of steps between two projections.
+      scale: The factor of the projected updates, the paper's alpha. The paper takes 1, and 1/2 for
+        models of 1B parameters and more.
+      granularity: "channel", "tensor" or a function, as in `scale_by_apollo`.
+      b1: The decay of the first moment.
+      b2: The decay of the second moment.
+      eps: The number added to the root of the second moment.
+      norm_growth_limit: The largest ratio of the norms of a matrix's consecutive updates. None
+        means no limit.
+      projection: `gaussian` (None means this one), `rademacher`, `svd` or a function of your own.
+      key: The seed or the PRNG key of the projections.
+      mu_dtype: The dtype of the first moment.
+      vocabulary: The rule for leaves of full size that are not matrices, such as embedding tables
+        and output heads: "adam" (the paper), "factored" (about V + d numbers for a table of shape
+        (V, d)) or "factored_momentum", as in `scale_by_apollo`.
+      weight_dimension_numbers: The axes that make a matrix, as in `scale_by_apollo`. Use
+        `transformer_dimension_numbers` for the transformers of Flax.
+      implementation: A kernel of `apollo_optax.experimental`. None means XLA's own program.
+      weight_decay: The decoupled weight decay, a number or a schedule, which is multiplied by the
+        learning rate.
+      adam_learning_rate: The learning rate of the leaves that are not matrices, a number or a
+        schedule. None means `learning_rate`.
+      adam_weight_decay: The weight decay of the leaves that are not matrices, which is multiplied
+        by their learning rate. None means `weight_decay`.
+      vocabulary_learning_rate: The learning rate of the leaves that `vocabulary` applies to, a
+        number or a schedule, for each of the rules. None means `adam_learning_rate`.
+      mask: The leaves that are decayed, as a tree of booleans or a function of the parameters that
         returns one.
 
     Returns:
       A gradient transformation. Its `update` needs `params`.
 
     Raises:
-      TypeError: An argument of the wrong type.
-      ValueError: An argument out of range.
+      TypeError: If an argument has the wrong type.
+      ValueError: If an argument is out of range.
 
     References:
       Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, MLSys 2025,
@@ -134,10 +139,10 @@ def _decay_and_learning_rate(
     mask: PyTree | Callable[[PyTree], PyTree] | None,
     weight_dimension_numbers: WeightDimensionNumbers,
 ) -> tuple[optax.GradientTransformation, ...]:
-    """What follows the direction: one chain for all leaves, or one for each kind of them.
+    """Returns what follows the direction: one chain for all leaves, or one for each kind of leaf.
 
-    The kinds are matrices, others, and those of others that are of full size. None means the number
-    or schedule before it.
+    The kinds are matrices, leaves of full size that are not matrices, and all other leaves. None
+    stands for the number or schedule before it.
     """
     for name, decay in zip(("weight_decay", "adam_weight_decay"), weight_decays, strict=True):
         if decay is not None and not callable(decay):
@@ -180,8 +185,9 @@ def _decay_and_learning_rate(
         kinds = set(jax.tree.leaves(labels(params)))
         if other_rates[1] is not None and kinds and "vocabulary" not in kinds:
             warnings.warn(
-                f"vocabulary_learning_rate reaches no leaf: none but matrices has {FACTORED_SIDE} "
-                f"indices or more on its last two axes. Give smaller leaves adam_learning_rate.",
+                f"vocabulary_learning_rate reaches no leaf: matrices aside, no leaf has "
+                f"{FACTORED_SIDE} indices or more on each of its last two axes. Use "
+                f"adam_learning_rate for smaller leaves.",
                 stacklevel=3,
             )
         return partition.init(params)
@@ -210,10 +216,10 @@ def apollo_mini(
     vocabulary_learning_rate: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """APOLLO-Mini: `apollo` at rank 1 with one scaling factor a matrix, at SGD's memory.
+    """APOLLO-Mini is `apollo` at rank 1 with one factor for each matrix, at the memory of SGD.
 
-    The optimizer state of a matrix with larger side n is `2 * n + 1` numbers. Arguments, result and
-    errors are those of `apollo`; `scale` is sqrt(128) in the paper's pre-training.
+    The optimizer state of a matrix with larger side n has `2 * n + 1` numbers. The arguments, the
+    result and the errors are those of `apollo`. The paper pre-trains with a `scale` of sqrt(128).
 
     Example:
       >>> import jax.numpy as jnp
@@ -261,15 +267,16 @@ def swan(
     vocabulary_learning_rate: optax.ScalarOrSchedule | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SWAN: the whitened gradient of each matrix, with no state of it.
+    """SWAN updates each matrix by its whitened gradient, and keeps no state of the matrix.
 
-    `chain(scale_by_swan, add_decayed_weights, scale_by_learning_rate)`. By the default rule of the
-    vocabulary too, the optimizer state of a transformer is about a five-hundredth of AdamW's.
+    The optimizer is `chain(scale_by_swan, add_decayed_weights, scale_by_learning_rate)`. With the
+    default rule for the vocabulary, the optimizer state of a transformer is about a five-hundredth
+    of AdamW's.
 
-    Updates have entries of size about 1, without a momentum that would average them:
-    `learning_rate` is about that of AdamW. The vocabulary and the norms gain from higher rates of
-    their own, `vocabulary_learning_rate` and `adam_learning_rate`. Other arguments,
-    result and errors are those of `apollo`.
+    The entries of an update have a size of about 1, and no momentum averages the updates. The
+    learning rate of SWAN is therefore about that of AdamW. The vocabulary and the norms gain from
+    higher rates of their own, `vocabulary_learning_rate` and `adam_learning_rate`. The other
+    arguments, the result and the errors are those of `apollo`.
 
     References:
       Ma et al., SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training, ICML

@@ -64,10 +64,10 @@ from apollo_optax._projections import (
     refit_projections,
 )
 
-# (R_tilde, R), both (rank, *channel), to one factor a channel.
+# From (R_tilde, R), both (rank, *channel), to one factor per channel.
 ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
-# (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
+# From (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
 Implementation = Callable[..., tuple[Array, Array, Array, Array]]
 
 
@@ -82,27 +82,27 @@ def apollo_update(
     granularity: Granularity = "channel",
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*leaf"], LeafState]:
-    """One step of Algorithm 1 (Zhu et al., 2025) for every matrix of a leaf.
+    """Takes one step of Algorithm 1 (Zhu et al., 2025) for every matrix of a leaf.
 
-    Leaves of one shape are traced once, and without `jax.jit` around it a step is compiled too.
+    Leaves of one shape are traced once. The step is compiled outside of `jax.jit` too.
 
     Args:
-      G: Gradient.
-      P: Projection of every matrix.
-      state: Of the leaf.
-      axes: Of the leaf.
-      t: Number of this step, from 1.
-      hyper: The numbers of the rule.
+      G: The gradient.
+      P: The projection of every matrix.
+      state: The state of the leaf.
+      axes: The axes of the leaf.
+      t: The number of this step, counted from 1.
+      hyper: The hyperparameters of the rule.
       granularity: As in `scale_by_apollo`.
       implementation: As in `scale_by_apollo`.
 
     Returns:
-      The update, in G's dtype, and the leaf's next state.
+      The update, in the dtype of G, and the next state of the leaf.
     """
     b1, b2, eps, scale, limit = hyper
     rank_axis = len(axes.batch)
     matrix_axes = tuple(range(rank_axis, rank_axis + 1 + len(axes.channel)))
-    shared = matrix_axes if granularity == "tensor" else matrix_axes[:1]  # by one factor
+    shared = matrix_axes if granularity == "tensor" else matrix_axes[:1]  # one factor
 
     if implementation is None:
         R = without_overflow(project(P, G, axes))  # R = P G, (*batch, rank, *channel)
@@ -132,7 +132,7 @@ def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
 
 
 def _factors_by_rule(rule: ScalingRule, R_tilde: Array, R: Array, rank_axis: int) -> Array:
-    """The user's factors of each matrix, with an axis of size 1 for the rank."""
+    """Returns the user's factors of each matrix, with an axis of size 1 for the rank."""
 
     def of_matrix(R_tilde: Array, R: Array) -> Array:
         return jnp.broadcast_to(rule(R_tilde, R), R.shape[1:]).astype(R.dtype)[None]
@@ -161,7 +161,7 @@ def scale_by_apollo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by APOLLO's structured learning rates.
 
-    For a matrix G let m be the size of its smaller side (the reduction axes on a tie):
+    For a matrix G, let m be the size of its smaller side (of the reduction axes on a tie):
 
     .. math::
       R &= P G, \quad P \in \mathbb{R}^{r \times m} \\
@@ -174,64 +174,67 @@ def scale_by_apollo(
       \text{ if } N_{prev} > 0 \text{, else } 1 \\
       \text{update} &= \text{scale} \, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \, U / c
 
-    and N_prev becomes N / c where that is not 0. Where r >= m nothing is projected: P is the
-    identity, and scale, which makes up for a projection, is 1. Leaves that are not matrices get
-    Adam's update, or those of full size the one that `vocabulary` names.
+    Then N_prev becomes N / c, unless N / c is 0. Where r >= m, nothing is projected: P is the
+    identity, and the scale, which makes up for a projection, is 1. Leaves that are not matrices get
+    Adam's update, except that leaves of full size get the update that `vocabulary` names.
 
     Gradients are read in their own dtype. Moments, norms and factors are computed in float32
-    (float64 for float64 leaves), and updates have the gradients' dtype. R = P G is accumulated in
-    float32 with JAX's default precision, which on TPUs and recent GPUs rounds the entries of P and
-    G to bfloat16 or TF32 first: `jax.default_matmul_precision("highest")` turns that off.
+    (float64 for float64 leaves). Updates have the dtype of the gradients. R = P G is accumulated in
+    float32 with JAX's default precision. On TPUs and recent GPUs this precision rounds the entries
+    of P and G to bfloat16 or TF32 first; `jax.default_matmul_precision("highest")` prevents that.
 
-    A gradient so large that its squares overflow moves nothing: the update is zero, and the moments
-    decay as with a zero gradient.
+    If a gradient is so large that its squares overflow, its update is zero, and the moments decay
+    as with a zero gradient.
 
     Args:
-      rank: Rows of P, capped at a matrix's smaller side. `2 * rank * n + 1` numbers of state a
-        matrix with larger side n.
-      update_proj_gap: P is redrawn whenever `count % update_proj_gap == 0`. The moments are kept.
-      scale: The paper's alpha, multiplying the updates of matrices: 1 for APOLLO, sqrt(128) for
+      rank: The number of rows of P, capped at a matrix's smaller side. The state of a matrix with
+        larger side n has `2 * rank * n + 1` numbers.
+      update_proj_gap: The number of steps between two projections. P is redrawn whenever `count %
+        update_proj_gap == 0`. The moments are kept.
+      scale: The factor of the projected updates, the paper's alpha: 1 for APOLLO, sqrt(128) for
         APOLLO-Mini.
-      granularity: "channel": one factor per index of the larger side. "tensor": one factor a
-        matrix. Or a function of R~ and R, float32 `(min(rank, m), *channel)` of one matrix, that
-        returns factors which broadcast to the channels.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Added to the root of the second moment.
-      norm_growth_limit: gamma, the largest ratio of the norms of a matrix's consecutive updates;
-        None for no limit.
-      projection: `gaussian` (None means it), `rademacher`, `svd`, or a function
+      granularity: "channel" for one factor per index of the larger side, "tensor" for one factor
+        per matrix, or a function of R~ and R. The function gets the float32 `(min(rank, m),
+        *channel)` of one matrix, and returns factors that broadcast to the channels.
+      b1: The decay of the first moment.
+      b2: The decay of the second moment.
+      eps: The number added to the root of the second moment.
+      norm_growth_limit: gamma, the largest ratio of the norms of a matrix's consecutive updates.
+        None means no limit.
+      projection: `gaussian` (None means this one), `rademacher`, `svd`, or a function
         `(key, refresh, rank, dim) -> float32 (rank, dim)` with `refresh = count //
         update_proj_gap`.
-      key: Seed or PRNG key of all projections. A matrix's own key is folded in from its path and
-        batch index, so that other leaves do not matter to it.
-      mu_dtype: Dtype the first moment is kept in.
-      vocabulary: The rule of leaves of full size that are not matrices, whose last two axes have
-        128 indices or more: embedding tables and output heads. "adam": two moments for every weight
-        (the paper). "factored": Adam's update without a first moment and with a second moment of
-        rank 1, whose state is the means of the squared gradient over either of the two axes.
-        "factored_momentum": a first moment beside it, kept in `mu_dtype`, None meaning bfloat16.
-      weight_dimension_numbers: Which axes make a matrix: None (by names, as in
-        `transformer_dimension_numbers`, and any other leaf with two axes is a matrix; one with more
-        is trained with Adam and warned of), one `ApolloDimensionNumbers` for every leaf with at
-        least two axes, a tree of them (Muon's and GaLore's are taken too) with None for leaves left
-        to Adam, such as `infer_dimension_numbers` returns, or a function of the parameters that
-        returns a tree, such as `transformer_dimension_numbers`.
-      implementation: How moments, factors and norms of a matrix are computed. None means by XLA.
-        `apollo_optax.experimental` has kernels that read a gradient once less, and raise where they
-        cannot be used.
+      key: The seed or the PRNG key of all projections. The key of a matrix is folded in from its
+        path and its batch index, so that other leaves do not change its projections.
+      mu_dtype: The dtype that the first moment is kept in.
+      vocabulary: The rule for leaves of full size that are not matrices: leaves with 128 indices or
+        more on each of the last two axes, such as embedding tables and output heads. "adam" keeps
+        two moments for every weight, as the paper does. "factored" is Adam's update without a first
+        moment and with a second moment of rank 1; the state is the means of the squared gradient
+        over either of the two axes. "factored_momentum" adds a first moment, which is kept in
+        `mu_dtype` (None means bfloat16).
+      weight_dimension_numbers: The axes that make a matrix. None goes by names, as
+        `transformer_dimension_numbers` does. Of the leaves with other names, those with two axes
+        are matrices, and those with more axes are left to Adam, with a warning. One
+        `ApolloDimensionNumbers` applies to every leaf with at least two axes. A tree of
+        `ApolloDimensionNumbers`, such as `infer_dimension_numbers` returns, has None for leaves
+        left to Adam; the specifications of Muon and GaLore are accepted too. A function of the
+        parameters, such as `transformer_dimension_numbers`, returns a tree.
+      implementation: How the moments, factors and norms of a matrix are computed. None means by
+        XLA. The kernels of `apollo_optax.experimental` save one read of each gradient, and raise an
+        error where they cannot be used.
 
     Returns:
       A gradient transformation whose state is a `ScaleByApolloState`. Its `update` takes an extra
-      argument `first_layer`: with slices of stacked leaves and of their state, the index at which
-      the slices start on the leading batch axis, so that each layer keeps its own projection.
+      argument `first_layer`, for slices of stacked leaves and of their state: the index on the
+      leading batch axis at which the slices start. Each layer then keeps its own projection.
 
     Raises:
-      TypeError: An argument of the wrong type, here; a parameter or gradient that is not real
-        floating point, or a projection that returns another dtype than float32, at init.
-      ValueError: An argument out of range, here; axes that do not fit a parameter, or a projection
-        that returns another shape than (rank, dim), at init; gradients that do not match the state,
-        at update.
+      TypeError: If an argument has the wrong type; at init, if a parameter is not real floating
+        point, or a projection returns another dtype than float32.
+      ValueError: If an argument is out of range; at init, if axes do not fit a parameter, or a
+        projection returns another shape than (rank, dim); at update, if the gradients do not match
+        the state.
 
     References:
       Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, MLSys 2025,
@@ -318,12 +321,12 @@ def scale_by_apollo(
                     G, P[path], leaves[path], matrix, t, hyper, granularity, implementation
                 )
             scaled.append(U)
-        # On the tree of the state that came in, for its boxes.
+        # Built on the tree of the incoming state, to keep its boxes.
         new_state = replaced(state, nested(t, state.key, leaves, stored))
         return jax.tree.unflatten(treedef, scaled), new_state
 
     tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
-    # As an argument: injected hyperparameters are traced, and have types of their own.
+    # Passed as an argument, since injected hyperparameters are traced and have their own types.
     return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
 
 
@@ -354,7 +357,7 @@ def _require_settings(
 def _warn_of_whole_ranks(
     named: list[tuple[Path, Any]], axes: dict[Path, MatrixAxes | None], rank: int
 ) -> None:
-    """Warns once of matrices that are not projected, where they are large enough to matter."""
+    """Warns once of matrices that are not projected, if they are large enough to matter."""
     whole = [
         (path, leaf)
         for path, leaf in named
@@ -366,10 +369,11 @@ def _warn_of_whole_ranks(
     path, leaf = max(whole, key=lambda item: item[1].size)
     smaller = side(leaf.shape, axes[path].projected)  # type: ignore[union-attr]
     warnings.warn(
-        f"rank={rank} is at least the smaller side of {len(whole)} leaves of {size:,} weights, so "
-        f"they keep AdamW's state: {spell(path)} {tuple(leaf.shape)} has matrices with a smaller "
-        f"side of {smaller}. Take a smaller rank. If these are not its matrices, say which axes "
-        f"are with weight_dimension_numbers, for example by infer_dimension_numbers.",
+        f"rank={rank} is at least the smaller side of {len(whole)} leaves, which have {size:,} "
+        f"weights together and keep AdamW's state. The matrices of {spell(path)} "
+        f"{tuple(leaf.shape)} have a smaller side of {smaller}. Use a smaller rank. If the "
+        f"matrices have other axes, name these in weight_dimension_numbers, for example with "
+        f"infer_dimension_numbers.",
         stacklevel=4,
     )
 
@@ -402,6 +406,6 @@ def _check_scaling_rule(granularity: Granularity, shape: tuple[int, ...], dtype:
         fits = False
     if not fits:
         raise ValueError(
-            f"granularity returned {factors!r} for R_tilde and R of shape {shape}; expected "
+            f"granularity returned {factors!r} for R_tilde and R of shape {shape}; it must return "
             f"floating factors that broadcast to the channels, {shape[1:]}."
         )

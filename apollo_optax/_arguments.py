@@ -1,4 +1,4 @@
-"""Checks arguments at construction; an error names the argument, its value and what is allowed."""
+"""Checks arguments at construction. Errors name the argument, its value and what is allowed."""
 
 import numbers
 from collections.abc import Hashable, Iterable
@@ -10,8 +10,8 @@ import numpy as np
 
 from apollo_optax._paths import Path, spell
 
-# All that take a function or another value that is no number: optax.inject_hyperparams would call
-# the first with the step count and make arrays of the others.
+# The arguments whose values are not numbers. optax.inject_hyperparams would call functions with the
+# step count, and make arrays of the other values.
 STATIC_ARGUMENTS = (
     "rank",
     "update_proj_gap",
@@ -47,11 +47,10 @@ def require_number(
     below: float = float("inf"),
     precise: bool = False,
 ) -> None:
-    """Raises TypeError or ValueError unless `value` is a real number in the interval, or a scalar
-    array.
+    """Raises TypeError or ValueError unless `value` is a real number in range, or a scalar array.
 
-    Arrays pass by type alone: `optax.inject_hyperparams` hands over traced values. `precise`
-    refuses those that are narrower than float32: in bfloat16 0.999 is 1.
+    Of arrays only the type is checked, since `optax.inject_hyperparams` passes traced values.
+    `precise` refuses arrays that are narrower than float32, since 0.999 is 1 in bfloat16.
     """
     bound = f"> {above}" if above is not None else f">= {at_least}"
     allowed = f"a finite number {bound}" + (f" and < {below}" if below != float("inf") else "")
@@ -62,9 +61,9 @@ def require_number(
             )
         if precise and jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4:
             raise TypeError(
-                f"{name} is a {value.dtype} array; allowed are numbers and arrays of float32 or "
-                f"wider: in bfloat16 0.999 is 1. With optax.inject_hyperparams, which takes the "
-                f"parameters' dtype, pass hyperparam_dtype=jnp.float32."
+                f"{name} is a {value.dtype} array; allowed are numbers, and arrays of float32 or "
+                f"wider, since 0.999 is 1 in bfloat16. optax.inject_hyperparams takes the dtype of "
+                f"the parameters; pass it hyperparam_dtype=jnp.float32."
             )
         return
     is_number = isinstance(value, numbers.Real) or (
@@ -80,7 +79,7 @@ def require_number(
 def require_one_of(name: str, value: Any, allowed: Iterable[str], *, otherwise: str = "") -> None:
     """Raises ValueError unless `value` is one of the strings in `allowed`.
 
-    `otherwise` says what else the caller takes.
+    `otherwise` says what else the caller accepts.
     """
     allowed = tuple(allowed)
     if value not in allowed:
@@ -99,7 +98,8 @@ def require_hashable(name: str, value: Any) -> None:
     """Raises TypeError unless `value` can be part of the key of a compiled program."""
     if not isinstance(value, Hashable):
         raise TypeError(
-            f"{name} must be hashable, got {value!r}. A dataclass is with frozen=True or eq=False."
+            f"{name} must be hashable, got {value!r}. A dataclass is hashable with frozen=True or "
+            f"eq=False."
         )
 
 
@@ -110,7 +110,7 @@ def require_real_floating(named: Iterable[tuple[Path, Any]]) -> None:
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
             raise TypeError(
                 f"{spell(path)} has dtype {dtype}; allowed are real floating dtypes of 16 bits and "
-                f"more. Keep float8 weights in bfloat16 and cast them where they are used; leave "
+                f"more. Keep float8 weights in bfloat16, and cast them where they are used. Leave "
                 f"other leaves out, for example with optax.masked or optax.partition."
             )
 
@@ -124,11 +124,11 @@ def require_tree_not_count(name: str, tree: Any) -> None:
         and (jnp.issubdtype(dtype, jnp.integer))
     ):
         raise TypeError(
-            f"{name} takes parameters, got {tree!r}. optax.inject_hyperparams calls functions with "
-            f"the step count: pass it static_args={STATIC_ARGUMENTS}."
+            f"{name} must get parameters, got {tree!r}. optax.inject_hyperparams calls functions "
+            f"with the step count; pass it static_args={STATIC_ARGUMENTS}."
         )
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype to compute in: float32, or float64 of a float64 leaf."""
+    """Returns the dtype to compute in: float32, or float64 for a float64 leaf."""
     return jnp.promote_types(dtype, jnp.float32)

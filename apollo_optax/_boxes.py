@@ -1,7 +1,8 @@
-"""Axis names of Flax's boxed parameters, carried over to the state that is kept of them.
+"""Carries the axis names of Flax's boxed parameters over to the optimizer state.
 
-Flax shards what its boxes hold by the names in them: `nnx.get_partition_spec` and Linen's
-`get_sharding` replicate a bare array. Flax is not imported: boxes are told by their methods.
+Flax shards the content of a box by the names in the box: `nnx.get_partition_spec` and Linen's
+`get_sharding` replicate a bare array. This module recognizes boxes by their methods, and does not
+import Flax.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from apollo_optax._matrices import MatrixAxes
 from apollo_optax._paths import Path, named_leaves
 from apollo_optax._placement import moments_placement
 
-# Of an `nnx.Variable`. MaxText copies its names to the old key too, which Flax prefers.
+# Metadata of an `nnx.Variable`. MaxText copies its names to the old key too, which Flax prefers.
 _METADATA = ("out_sharding", "optimizer_sharding", "sharding_names")
 
 Names = tuple[Any, ...]
@@ -24,16 +25,16 @@ Names = tuple[Any, ...]
 def with_axis_names(state: Any, params: PyTree, axes: dict[Path, MatrixAxes | None]) -> Any:
     """Puts the arrays of a `ScaleByApolloState` into boxes like their parameter's.
 
-    Batch and channel axes keep the parameter's names, and the rank axis has none. A name of the
-    projected side goes to a channel axis without one, if any count that divides the old axis
-    divides the new one too. The names of an `nnx.Variable` whose mesh is set are those of
-    `moments_placement`, which knows the counts: Flax needs the mesh then anyway. Linen's do not
-    depend on what is set, as `jax.jit` compares them with those of the shardings that it is given.
+    Batch and channel axes keep the parameter's names, and the rank axis has no name. A name of the
+    projected side goes to a channel axis without a name, if every count that divides the old axis
+    also divides the new one. If the mesh of an `nnx.Variable` is set, its names are those of
+    `moments_placement`, which knows the counts. The names of Linen do not depend on the mesh, since
+    `jax.jit` compares them with the shardings that it is given.
 
     Args:
-      state: Its arrays bare.
-      params: Boxed or bare. Where they are bare, or have no names, the state stays bare.
-      axes: Of each parameter.
+      state: The state, with bare arrays.
+      params: The parameters, boxed or bare. The state of a parameter without names stays bare.
+      axes: The axes of each parameter.
     """
     named, _ = named_leaves(params, is_leaf=lambda node: bool(_names_of(node)))
     boxes = {path: box for path, box in named if path in axes and _names_of(box)}
@@ -50,7 +51,7 @@ def with_axis_names(state: Any, params: PyTree, axes: dict[Path, MatrixAxes | No
 
 
 def _names_of(node: Any) -> dict[str, Names | PartitionSpec]:
-    """The axis names that a box holds, by the attribute that holds them; of other nodes none."""
+    """Returns the axis names in a box by their attributes, and nothing for other nodes."""
     if hasattr(node, "replace_boxed"):  # Linen's `Partitioned`
         held = {"names": getattr(node, "names", None)}
     elif hasattr(node, "get_metadata"):  # an `nnx.Variable`
@@ -80,7 +81,7 @@ def _box(box: Any, leaf: Array, field: str, axes: MatrixAxes | None, nu: Array) 
 
 
 def _names_of_other(names: Names, field: str, is_factored: bool, is_whole: bool) -> Names:
-    """Those of a leaf that is not a matrix: moments, factors of the second, or placeholders."""
+    """Returns the names of moments, factors or placeholders of a leaf that is not a matrix."""
     if field in ("mu", "nu") and is_whole:
         return names
     if is_factored and field in ("mu", "nu", "norm"):

@@ -1,7 +1,8 @@
-"""Random words and normals in one pass: on a CPU `jax.random.normal` costs several times as much.
+"""Random words and normals in one pass.
 
 The projections are drawn at every step and never stored, so that their generator is a large part of
-the update. `benchmarks/generator.py` has both side by side.
+the update. On a CPU `jax.random.normal` takes several times as long; `benchmarks/generator.py`
+compares the two.
 """
 
 import math
@@ -20,10 +21,11 @@ _PARITY = 0x1BD11BDA
 def threefry2x32(
     key: UInt32[Array, "2"], high: UInt32[Array, "*shape"], low: UInt32[Array, "*shape"]
 ) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
-    """Two random words for each counter (high, low): Threefry-2x32 with 20 rounds.
+    """Returns two random words for each counter (high, low): Threefry-2x32 with 20 rounds.
 
-    `jax.random` has the same function as a loop, which goes through memory in each round; written
-    out, it is one pass. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+    `jax.random` has the same function as a loop, which goes through memory in each round. Here the
+    rounds are written out and make one pass. The reference is Salmon et al., Parallel Random
+    Numbers: As Easy as 1, 2, 3, 2011.
     """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
     x, y = high + schedule[0], low + schedule[1]
@@ -39,16 +41,16 @@ def threefry2x32(
 def random_words(
     key: PRNGKeyArray, stream: Int[ArrayLike, ""], rows: int, columns: int
 ) -> tuple[UInt32[Array, "rows columns"], UInt32[Array, "rows columns"]]:
-    """Two arrays of independent random words.
+    """Returns two arrays of independent random words.
 
-    Every word is a function of the key, the stream and its own place, so that it can be made on
-    whichever device needs it.
+    Every word is a function of the key, the stream and the word's place, so that each device can
+    make the words that it needs.
 
     Args:
-      key: Typed PRNG key, of any generator.
-      stream: Another one gives other words.
-      rows: Rows of both arrays.
-      columns: Columns of both.
+      key: A typed PRNG key, of any generator.
+      stream: The number of the stream; another number gives other words.
+      rows: The number of rows of both arrays.
+      columns: The number of columns of both arrays.
     """
     shape = (rows, columns)
     if str(jax.random.key_impl(key)) != "threefry2x32":
@@ -62,11 +64,11 @@ def random_words(
 def normal_of_words(
     u: UInt32[Array, "*shape"], v: UInt32[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """A standard normal of two words, r cos(angle): Box and Muller, 1958.
+    """Returns a standard normal from two words, r cos(angle) (Box and Muller, 1958).
 
-    The radius is of 24 bits, up to 5.77. The angle is of 2 bits for the quarter turn and 24 for a
-    place within an eighth of a turn to both sides, where Taylor series are exact to float32. A
-    quarter turn more makes a normal that is independent of the first.
+    The radius has 24 bits, and is at most 5.77. The angle has 2 bits for the quadrant and 24 bits
+    for a place within [-pi/4, pi/4], where the Taylor polynomials are accurate to float32. An angle
+    of another quarter turn gives a normal that is independent of the first.
     """
     radius = jnp.sqrt(
         -2 * jnp.log((u >> 8).astype(jnp.int32).astype(jnp.float32) * 2**-24 + 2**-24)
@@ -90,10 +92,10 @@ def _polynomial(x: Float[Array, "*shape"], coefficients: tuple[float, ...]) -> A
 
 
 def stored(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, whose result a CPU keeps; it would be computed again for each of its uses.
+    """Returns `function(*args)`, computed once on a CPU and not again for each use.
 
-    XLA's CPU compiler drops optimization barriers before it fuses, but not a call that it may not
-    put in line.
+    XLA's CPU compiler drops optimization barriers before fusion, but not a call that it must not
+    inline.
     """
 
     def in_line(*args: Any) -> Any:

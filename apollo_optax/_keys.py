@@ -1,4 +1,4 @@
-"""Turns a seed or PRNG key into the plain uint32 array kept in optimizer state, and back."""
+"""Turns a seed or PRNG key into the uint32 array that the optimizer state keeps, and back."""
 
 import numbers
 from typing import Any
@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
-# Fixed for seeds, so that a seed means the same projections whatever the user's default generator
-# is.
+# Fixed, so that a seed gives the same projections with any default generator.
 _SEED_IMPLEMENTATION = "threefry2x32"
 
 
@@ -38,14 +37,14 @@ def require_key(name: str, key: Any) -> None:
 
 
 def key_data(key: int | PRNGKeyArray) -> UInt32[Array, "..."]:
-    """The data of a key, in its own buffer: donating the state must not delete the user's key."""
+    """Returns a key's data in a new buffer; donating the state must not delete the user's key."""
     if _is_seed(key):
         return jax.random.key_data(jax.random.key(key, impl=_SEED_IMPLEMENTATION))
     return jnp.copy(jax.random.key_data(key) if _is_typed(key) else key)
 
 
 def wrap_like(data: UInt32[Array, "..."], key: int | PRNGKeyArray) -> PRNGKeyArray:
-    """The typed key of `data`, of the generator that `key` is of."""
+    """Returns the typed key of `data`, with the generator of `key`."""
     if _is_seed(key):
         return jax.random.wrap_key_data(data, impl=_SEED_IMPLEMENTATION)
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))

@@ -1,4 +1,4 @@
-"""What is kept of each leaf, and the rules of those that are not matrices."""
+"""The state of each leaf, and the update rules of leaves that are not matrices."""
 
 import warnings
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,34 +18,37 @@ from apollo_optax._placement import (
 )
 
 Vocabulary = Literal["adam", "factored", "factored_momentum"]
-# Adafactor's: a leaf with fewer indices is so small that its moments do not matter.
+# The threshold of Adafactor. The moments of a leaf with fewer indices are small.
 FACTORED_SIDE = 128
-# A leaf or leaves of fewer weights take a few megabytes of state at most.
+# With fewer weights, leaves take a few megabytes of state at most.
 MANY_WEIGHTS = 1 << 20
 _CHILD = "array"
 
 
 class ScaleByApolloState(NamedTuple):
-    """State of `scale_by_apollo`: arrays in plain dictionaries nested by the parameters' names.
+    """The state of `scale_by_apollo`, arrays in plain dictionaries nested by the parameters' names.
 
-    Where a parameter is in a box of Flax with names of its axes, so are its arrays here, each with
-    the names of its own axes.
+    If a parameter is in a Flax box with axis names, its arrays here are boxed too, each with the
+    names of its own axes.
+
+    Some entries are only zeros. The dictionaries need them to fit the parameters, as
+    `optax.tree_map_params` requires.
 
     Attributes:
-      count: Steps taken, int32 scalar.
-      key: Data of the PRNG key from which every projection is redrawn, uint32.
-      mu: First moment. Of a matrix: of the projected gradient, `(*batch, min(rank, m), *channel)`.
-        Of any other leaf: of the gradient, in the leaf's shape. float32 (float64 for float64
-        leaves) unless `mu_dtype` is given.
-      nu: Second moment, shaped as `mu`, float32 or float64. Of a leaf whose second moment is
-        factored: its mean over the last axis.
-      norm: Norm of a matrix's last update that was not zero, `(*batch,)`; 0 before the first. Of a
-        leaf whose second moment is factored: its mean over the last axis but one. Of any other leaf
-        zeros, one for each index of its first axis (one in all if it has a single axis): with them
-        the dictionaries fit the parameters, as `optax.tree_map_params` needs. So has `mu` of a
-        factored leaf without a first moment, one for each index before its last two axes.
+      count: The number of steps taken, an int32 scalar.
+      key: The uint32 data of the PRNG key from which every projection is redrawn.
+      mu: The first moment, float32 (float64 for float64 leaves) unless `mu_dtype` is given. For a
+        matrix: of the projected gradient, `(*batch, min(rank, m), *channel)`. For any other leaf:
+        of the gradient, in the leaf's shape. For a factored leaf without a first moment: zeros, one
+        for each index before the last two axes.
+      nu: The second moment, in the shape of `mu`, float32 or float64. For a leaf whose second
+        moment is factored: its mean over the last axis.
+      norm: The norm of a matrix's last update that was not zero, `(*batch,)`, and 0 before the
+        first. For a leaf whose second moment is factored: its mean over the last axis but one. For
+        any other leaf: zeros, one for each index of the leaf's first axis (one in all if the leaf
+        has a single axis).
       projection: With `svd`, or another projection that keeps state, the P in use,
-        `(*batch, min(rank, m), m)`, and of other leaves zeros as in `norm`; otherwise empty.
+        `(*batch, min(rank, m), m)`, and zeros as in `norm` for other leaves. Otherwise empty.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # tuple has a method of this name
@@ -57,9 +60,9 @@ class ScaleByApolloState(NamedTuple):
 
 
 class LeafState(NamedTuple):
-    """The state of one leaf, `mu`, `nu` and `norm` as in `ScaleByApolloState`, or a fact of each.
+    """The state of one leaf, `mu`, `nu` and `norm` as in `ScaleByApolloState`.
 
-    Facts are the shapes of the arrays and where they lie.
+    The fields may also hold the shape or the placement of each array.
     """
 
     mu: Any
@@ -69,7 +72,7 @@ class LeafState(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class Hyperparameters(NamedTuple):
-    """The numbers of `scale_by_apollo`: constants of the program, but those that are arrays."""
+    """The hyperparameters of `scale_by_apollo`; numbers are constants of the program."""
 
     b1: ArrayLike
     b2: ArrayLike
@@ -78,7 +81,7 @@ class Hyperparameters(NamedTuple):
     norm_growth_limit: ArrayLike | None
 
     def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
-        """Arrays are children; None, and what Python computes with exactly, is structure."""
+        """Arrays are children; None and Python's numbers are structure."""
         structure = tuple(x if isinstance(x, float | int | None) else _CHILD for x in self)
         return [x for x in self if not isinstance(x, float | int | None)], structure
 
@@ -90,7 +93,7 @@ class Hyperparameters(NamedTuple):
 
 
 def checked(hyper: Hyperparameters) -> Hyperparameters:
-    """The numbers as scalars; TypeError or ValueError names the first one out of range."""
+    """Returns scalars; a TypeError or ValueError names the first hyperparameter out of range."""
     b1, b2, eps, scale, norm_growth_limit = hyper
     require_number("b1", b1, at_least=0, below=1, precise=True)
     require_number("b2", b2, at_least=0, below=1, precise=True)
@@ -98,7 +101,7 @@ def checked(hyper: Hyperparameters) -> Hyperparameters:
     require_number("scale", scale, above=0)
     if norm_growth_limit is not None:
         require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
-    # A narrower scalar would make all that it is multiplied with as narrow.
+    # A product with a narrower scalar would be as narrow as the scalar.
     return jax.tree.map(lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)), hyper)
 
 
@@ -109,7 +112,7 @@ def adam_update(
     t: Int[Array, ""],
     hyper: Hyperparameters,
 ) -> tuple[Float[Array, "*leaf"], LeafState]:
-    """One step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix."""
+    """Takes one step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix."""
     b1, b2, eps, *_ = hyper
     in_float32 = g.astype(wide(g.dtype))
     mu, nu = moments(in_float32, state.mu, state.nu, hyper)
@@ -125,9 +128,9 @@ def factored_update(
     t: Int[Array, ""],
     hyper: Hyperparameters,
 ) -> tuple[Float[Array, "*leaf"], LeafState]:
-    """One step of Adam with a second moment of rank 1 (Shazeer and Stern, 2018).
+    """Takes one step of Adam with a second moment of rank 1 (Shazeer and Stern, 2018).
 
-    Without a first moment, where the state has none.
+    The step has no first moment if the state has none.
     """
     b1, b2, eps, *_ = hyper
     in_float32 = without_overflow(g.astype(wide(g.dtype)))
@@ -146,7 +149,7 @@ def factored_update(
 
 
 def moments(x: Array, mu: Array, nu: Array, hyper: Hyperparameters) -> tuple[Array, Array]:
-    """Both moments after a step with x."""
+    """Returns both moments after a step with x."""
     mu = jnp.asarray(hyper.b1 * mu.astype(x.dtype) + (1 - hyper.b1) * x)
     nu = jnp.asarray(hyper.b2 * nu + (1 - hyper.b2) * jnp.square(x))
     return mu, nu
@@ -155,7 +158,7 @@ def moments(x: Array, mu: Array, nu: Array, hyper: Hyperparameters) -> tuple[Arr
 def others_update(
     g: Float[Array, "*leaf"], state: LeafState, t: Int[Array, ""], hyper: Hyperparameters
 ) -> tuple[Float[Array, "*leaf"], LeafState]:
-    """One step of a leaf that is not a matrix, by the rule that its state is of."""
+    """Takes one step of a leaf that is not a matrix, by the rule that its state belongs to."""
     rule = adam_update if state.nu.shape == g.shape else factored_update
     return rule(g, state, t, hyper)
 
@@ -172,14 +175,14 @@ def require_mu_dtype(mu_dtype: Any) -> None:
 
 
 def is_full_size(shape: tuple[int, ...], axes: MatrixAxes | None) -> bool:
-    """Whether Adam's moments of a leaf would matter: an embedding table or a head, as a rule."""
+    """Whether Adam's moments of a leaf are large: as a rule, an embedding table or a head."""
     return axes is None and len(shape) > 1 and min(shape[-2:]) >= FACTORED_SIDE
 
 
 def warn_of_whole_moments(
     named: list[tuple[Path, Any]], axes: dict[Path, MatrixAxes | None], vocabulary: Vocabulary
 ) -> None:
-    """Warns once of leaves that are too narrow for a small rule, where their moments matter."""
+    """Warns once of leaves that are too narrow to be factored, if their moments are large."""
     left = [
         (path, leaf)
         for path, leaf in named
@@ -190,9 +193,10 @@ def warn_of_whole_moments(
         return
     path, leaf = max(left, key=lambda item: item[1].size)
     warnings.warn(
-        f"vocabulary={vocabulary!r} is for leaves whose last two axes have {FACTORED_SIDE} indices "
-        f"or more: {spell(path)} {tuple(leaf.shape)} and others, of {size:,} weights together, "
-        f"keep Adam's two moments. To keep less, project them: give them dimension numbers.",
+        f"vocabulary={vocabulary!r} applies to leaves with {FACTORED_SIDE} indices or more on each "
+        f"of the last two axes. Narrower leaves such as {spell(path)} {tuple(leaf.shape)} have "
+        f"{size:,} weights together and keep Adam's two moments. To keep less, give these leaves "
+        f"dimension numbers, so that they are projected.",
         stacklevel=4,
     )
 
@@ -200,7 +204,7 @@ def warn_of_whole_moments(
 def state_shapes(
     shape: tuple[int, ...], axes: MatrixAxes | None, rank: int, vocabulary: Vocabulary
 ) -> LeafState:
-    """Shapes of what is kept of a leaf; of a matrix at rank 0 nothing but zeros for each."""
+    """Returns the shapes of a leaf's state; a matrix at rank 0 has only zeros."""
     if axes is not None:
         low_rank = low_rank_shape(shape, axes, rank)
         of_each = low_rank[: len(axes.batch)]
@@ -215,7 +219,7 @@ def state_shapes(
 def init_leaf(
     leaf: Any, axes: MatrixAxes | None, rank: int, mu_dtype: Any, vocabulary: Vocabulary
 ) -> LeafState:
-    """Zeros of `state_shapes`, where the leaf's placement puts them."""
+    """Returns zeros of `state_shapes`, placed as the leaf's own placement requires."""
     dtype = wide(leaf.dtype)
     shapes = state_shapes(leaf.shape, axes, rank, vocabulary)
     if vocabulary == "factored_momentum" and is_full_size(leaf.shape, axes):
@@ -230,7 +234,7 @@ def init_leaf(
 
 
 def _placements(leaf: Any, axes: MatrixAxes | None, shapes: LeafState) -> LeafState:
-    """Where the arrays of these shapes belong."""
+    """Returns the placements of the arrays of these shapes."""
     on_mesh = placement_of(leaf)
     of_each = matrices_placement(on_mesh, leaf.shape, _each_of(leaf, axes))
     of_moments = moments_placement(on_mesh, leaf.shape, axes)
@@ -245,12 +249,12 @@ def _placements(leaf: Any, axes: MatrixAxes | None, shapes: LeafState) -> LeafSt
 
 
 def _each_of(leaf: Any, axes: MatrixAxes | None) -> MatrixAxes:
-    """Axes whose indices have a zero each: a leaf's matrices, or another leaf's first axis."""
+    """Returns the axes of a leaf's matrices, or the first axis of another leaf, as batch axes."""
     return axes or MatrixAxes((0,) if leaf.ndim > 1 else (), (), ())
 
 
 def no_projection(leaf: Any, axes: MatrixAxes | None, rank: int) -> Array:
-    """Zeros in the shape of the P of every matrix of a leaf."""
+    """Returns zeros in the shape of the P of every matrix of a leaf."""
     each = _each_of(leaf, axes)
     whole = () if axes is None else projection_shape(leaf.shape, axes, rank)[-2:]
     device = matrices_placement(placement_of(leaf), leaf.shape, each, whole=len(whole))
@@ -261,7 +265,7 @@ def no_projection(leaf: Any, axes: MatrixAxes | None, rank: int) -> Array:
 def nested(
     count: Array, key: Array, leaves: dict[Path, LeafState], stored: dict[Path, Array]
 ) -> ScaleByApolloState:
-    """The state whose dictionaries hold what is kept of each leaf."""
+    """Returns the state whose dictionaries hold the state of each leaf."""
     mu, nu, norm = (
         nest((path, getattr(leaf, field)) for path, leaf in leaves.items())
         for field in LeafState._fields
@@ -270,33 +274,33 @@ def nested(
 
 
 def require_state_of(state: Any, named: list[tuple[Path, Array]], stores_projections: bool) -> None:
-    """Raises ValueError unless the state is of this transformation and of these leaves."""
+    """Raises ValueError unless the state belongs to this transformation and to these leaves."""
     remedy = "Call init, or restore into what init returns."
     if not isinstance(state, ScaleByApolloState):
         raise ValueError(
-            f"The state of scale_by_apollo is a ScaleByApolloState, got a state that is a "
+            f"The state of scale_by_apollo must be a ScaleByApolloState, got a "
             f"{type(state).__name__}: {state!r:.60}. {remedy}"
         )
     has_projections = bool(jax.tree.leaves(state.projection))
     if named and has_projections is not stores_projections:
         kept, given = ("keeps", "has none") if stores_projections else ("does not keep", "has some")
         raise ValueError(
-            f"The state is of another projection: this one {kept} projections in its state, and "
-            f"the state {given}. {remedy}"
+            f"The state is of another projection: this transformation {kept} projections in its "
+            f"state, and the given state {given}. {remedy}"
         )
     has_gradient = {path for path, _ in named}
     has_moments = {path for path, _ in named_leaves(state.mu)[0]}
     if has_gradient < has_moments:
         path = spell(min(has_moments - has_gradient))
         raise ValueError(
-            f"The state has moments for {path}, which has no gradient (None, or left out). Give "
-            f"zeros to keep its state, or leave it out of init too, for example with optax.masked "
-            f"or optax.partition."
+            f"The state has moments for {path}, which has no gradient (it is None or left out). To "
+            f"keep the state, give a gradient of zeros. To train without {path}, leave it out of "
+            f"init too, for example with optax.masked or optax.partition."
         )
 
 
 def leaf_state(of_field: dict[str, dict[Path, Array]], path: Path, needed: LeafState) -> LeafState:
-    """The state of the leaf at `path`; ValueError unless it has the shapes that are needed."""
+    """Returns the state of the leaf at `path`; ValueError unless it has the needed shapes."""
     found: dict[str, Any] = {}
     for field, shape_needed in needed._asdict().items():
         found[field] = of_field[field].get(path)
@@ -306,7 +310,7 @@ def leaf_state(of_field: dict[str, dict[Path, Array]], path: Path, needed: LeafS
             given = f"no {name}" if shape_found is None else f"{name} of shape {shape_found}"
             raise ValueError(
                 f"The state has {given} for {spell(path)}, whose gradient needs {shape_needed}: "
-                f"init made it for other parameters, rank or axes. Call init again or restore one "
-                f"that fits."
+                f"init made it for other parameters, rank or axes. Call init again, or restore a "
+                f"state that fits."
             )
     return LeafState(**found)

@@ -11,15 +11,16 @@ from apollo_optax._arguments import require_number, require_real_floating, wide
 from apollo_optax._matrices import WeightDimensionNumbers, axes_of_each_leaf
 from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
 
-# What the published update adds to a norm before it divides by it.
+# The published update adds this to a norm before it divides by the norm.
 NORM_EPS = 1e-8
 
 
 class LimitNormGrowthState(NamedTuple):
-    """State of `limit_norm_growth`.
+    """The state of `limit_norm_growth`.
 
     Attributes:
-      norm: Norm of each leaf's (or matrix's) last update that was not zero; 0 before the first.
+      norm: The norm of the last update of each leaf (or matrix) that was not zero, and 0 before the
+        first.
     """
 
     norm: PyTree
@@ -28,11 +29,11 @@ class LimitNormGrowthState(NamedTuple):
 def limit_growth(
     norm: Float[Array, "*batch"], previous: Float[Array, "*batch"], limit: ArrayLike | None
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """Returns the divisor of an update of this norm, and the norm to remember.
+    """Returns the divisor of an update with this norm, and the norm to remember.
 
-    A zero norm is not remembered. The published optimizer remembers it, and then lets the weight
-    move by no more than 1e-8. The divisor of an infinite norm is infinite: that update becomes
-    zero, and its norm is not remembered either.
+    A zero norm is not remembered. The published optimizer remembers a zero norm, and then lets the
+    weight move by no more than 1e-8. The divisor of an infinite norm is infinite, so that the
+    update becomes zero. An infinite norm is not remembered either.
     """
     limited = norm
     if limit is not None:
@@ -46,29 +47,29 @@ def limit_growth(
 def limit_norm_growth(
     limit: ArrayLike = 1.01, *, weight_dimension_numbers: WeightDimensionNumbers = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Limits how fast the norm of each leaf's update may grow: APOLLO's limiter, after any
-    transformation.
+    r"""Limits how fast the norm of each leaf's update may grow, after any transformation.
+
+    The equation is that of APOLLO's limiter:
 
     .. math::
       c = \max(N / (N_{prev} + 10^{-8}), \gamma) / \gamma, \quad U \leftarrow U / c
 
-    where N is the norm of a leaf's update, in float32 (float64 for float64 leaves), and N_prev the
-    norm of the last one that was not zero. The first update passes as it is. An update whose
+    Here N is the norm of a leaf's update, in float32 (float64 for float64 leaves), and N_prev is
+    the norm of the last update that was not zero. The first update is not changed. An update whose
     squared norm overflows becomes zero.
 
     Args:
       limit: gamma, the largest ratio of consecutive norms.
-      weight_dimension_numbers: Where given, as in `scale_by_apollo`: matrices are limited, each one
-        of a stacked leaf by its own norm, and other leaves pass as they are. None: every leaf is
-        limited by its norm.
+      weight_dimension_numbers: The axes that make a matrix, as in `scale_by_apollo`. Each matrix,
+        also of a stacked leaf, is then limited by its own norm, and other leaves are not changed.
+        None means that every leaf is limited by its norm.
 
     Returns:
       A gradient transformation whose state is a `LimitNormGrowthState`.
 
     Raises:
-      TypeError: If `limit` is not a number, here; of a leaf that is not real floating point, at
-        init.
-      ValueError: If `limit` is not above 1, here; of a state made for other parameters, at update.
+      TypeError: If `limit` is not a number; at init, if a leaf is not real floating point.
+      ValueError: If `limit` is not above 1; at update, if the state was made for other parameters.
 
     References:
       Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024,
@@ -109,7 +110,7 @@ def limit_norm_growth(
         del params, extra_args
         if not isinstance(state, LimitNormGrowthState):
             raise ValueError(
-                f"The state of limit_norm_growth is a LimitNormGrowthState, got a "
+                f"The state of limit_norm_growth must be a LimitNormGrowthState, got a "
                 f"{type(state).__name__}. Call init, or restore into what init returns."
             )
         named, treedef = named_arrays(updates)
@@ -136,5 +137,5 @@ def _norm_of(state: LimitNormGrowthState, path: Path) -> Array:
     except KeyError as error:
         raise ValueError(
             f"The state has no norm for {spell(path)}: init made it for other parameters. Call "
-            f"init again or restore one that fits."
+            f"init again, or restore a state of these parameters."
         ) from error

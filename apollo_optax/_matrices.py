@@ -1,4 +1,4 @@
-"""Which axes of a leaf make a matrix; products and norms over them that move no axis of G."""
+"""Which axes of a leaf make a matrix, and products and norms over them without moving axes of G."""
 
 import math
 import operator
@@ -14,17 +14,17 @@ from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, 
 
 
 class ApolloDimensionNumbers(NamedTuple):
-    """Which axes of a weight are its inputs and which its outputs.
+    """Which axes of a weight are inputs and which are outputs.
 
-    The same specification as `optax.contrib.MuonDimensionNumbers`; a tree of Muon's or GaLore's is
-    accepted wherever a tree of these is. Axes named in neither field are batch axes (scanned
-    layers, experts): each of their indices is a matrix of its own, with its own projection and its
-    own norm.
+    The specification is the same as `optax.contrib.MuonDimensionNumbers`. A tree of Muon's or
+    GaLore's dimension numbers is accepted wherever a tree of these is. Axes that neither field
+    names are batch axes, such as scanned layers and experts. Each index of the batch axes is a
+    matrix of its own, with its own projection and its own norm.
 
     Attributes:
-      reduction_axis: Axis or axes the layer contracts with its input. Negative axes count from the
-        end.
-      output_axis: Axis or axes of the layer's output.
+      reduction_axis: The axis or axes that the layer contracts with its input. Negative axes count
+        from the end.
+      output_axis: The axis or axes of the layer's output.
 
     Example:
       A query kernel of shape (embed, heads, head_dim), and a stack of dense kernels (layers, in,
@@ -42,13 +42,13 @@ WeightDimensionNumbers: TypeAlias = ApolloDimensionNumbers | Any | Callable[[PyT
 
 
 class MatrixAxes(NamedTuple):
-    """The axes of a leaf, each group by its role in `R = P G`.
+    """The axes of a leaf, grouped by their role in `R = P G`.
 
     Attributes:
-      batch: Axes whose indices are independent matrices, ascending.
-      projected: Axes of the smaller side, which P contracts, in the order of P's columns.
-      channel: Axes of the larger side, ascending.
-      reduction: The side that the layer contracts with its input, one of these two.
+      batch: The axes whose indices are independent matrices, ascending.
+      projected: The axes of the smaller side, which P contracts, in the order of P's columns.
+      channel: The axes of the larger side, ascending.
+      reduction: The side that the layer contracts with its input, `projected` or `channel`.
     """
 
     batch: tuple[int, ...]
@@ -77,7 +77,7 @@ def _normalized(name: str, axis: Any, ndim: int, where: str) -> tuple[int, ...]:
     axes = tuple(a % ndim for a in axes)
     if not axes or len(set(axes)) != len(axes):
         raise ValueError(
-            f"{where}: {name} must name at least one axis and each once, got {axis!r}."
+            f"{where}: {name} must name at least one axis, and each axis once, got {axis!r}."
         )
     return axes
 
@@ -86,8 +86,8 @@ def matrix_axes(spec: Any, shape: tuple[int, ...], path: Path) -> MatrixAxes:
     """Resolves dimension numbers for a leaf of `shape`.
 
     Raises:
-      TypeError: An axis that is not an int.
-      ValueError: An axis out of range, named twice, or both reduction and output.
+      TypeError: If an axis is not an int.
+      ValueError: If an axis is out of range, named twice, or both reduction and output.
     """
     where = f"weight_dimension_numbers of {spell(path)} with shape {shape}"
     reduction = _normalized("reduction_axis", spec.reduction_axis, len(shape), where)
@@ -95,7 +95,7 @@ def matrix_axes(spec: Any, shape: tuple[int, ...], path: Path) -> MatrixAxes:
     if both := sorted(set(reduction) & set(output)):
         raise ValueError(
             f"{where}: reduction_axis={spec.reduction_axis!r} and output_axis="
-            f"{spec.output_axis!r} overlap in {both}; an axis is one or the other."
+            f"{spec.output_axis!r} overlap in {both}; name each axis in one of the two."
         )
     fan_in, fan_out = (math.prod(shape[a] for a in axes) for axes in (reduction, output))
     projected, channel = (reduction, output) if fan_in <= fan_out else (output, reduction)
@@ -104,7 +104,7 @@ def matrix_axes(spec: Any, shape: tuple[int, ...], path: Path) -> MatrixAxes:
 
 
 def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: PyTree) -> PyTree:
-    """Nested dictionary of the specification of each leaf, None for a leaf that is not a matrix."""
+    """Returns nested dictionaries of the specifications, None for leaves that are no matrices."""
     # A tree may be callable too: a module of Equinox or Flax NNX with specifications as its leaves.
     if callable(weight_dimension_numbers) and jax.tree_util.all_leaves([weight_dimension_numbers]):
         weight_dimension_numbers = weight_dimension_numbers(tree)
@@ -119,7 +119,7 @@ def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: P
         raise TypeError(
             f"weight_dimension_numbers must be dimension numbers, a tree of them, a function of "
             f"the parameters or None, got {weight_dimension_numbers!r}. With "
-            f"optax.inject_hyperparams name it in static_args."
+            f"optax.inject_hyperparams, name weight_dimension_numbers in static_args."
         )
 
     def is_spec(node: Any) -> bool:
@@ -137,9 +137,10 @@ def _spec_of_each_leaf(weight_dimension_numbers: WeightDimensionNumbers, tree: P
 
 
 def stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
-    """Norms and biases of stacked layers, (layers, features): they look like matrices.
+    """Finds norms and biases of stacked layers, (layers, features), which look like matrices.
 
-    They stand in a tree whose leaves all have the same first axis, some with two axes after it.
+    Such a leaf is in a subtree whose leaves all have the same first axis, and some of these leaves
+    have two axes after the first.
     """
     under: dict[Path, list[tuple[Path, Any]]] = {}
     for path, leaf in leaves:
@@ -154,7 +155,7 @@ def stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
 
 
 def _longest_prefix(specs: PyTree, path: Path) -> Any:
-    """The specification at `path`, or at the subtree that holds it."""
+    """Returns the specification at `path`, or at the subtree that holds the leaf."""
     for end in range(len(path), -1, -1):
         try:
             spec = lookup(specs, path[:end])
@@ -163,8 +164,8 @@ def _longest_prefix(specs: PyTree, path: Path) -> Any:
         if spec is None or is_dimension_numbers(spec):
             return spec
     raise ValueError(
-        f"weight_dimension_numbers has no entry for {spell(path)}; give one, or None if it is "
-        f"trained with Adam."
+        f"weight_dimension_numbers has no entry for {spell(path)}; add dimension numbers, or None "
+        f"to train the leaf with Adam."
     )
 
 
@@ -173,7 +174,8 @@ def axes_of_each_leaf(
 ) -> dict[Path, MatrixAxes | None]:
     """Maps each leaf's path to its matrix axes, or to None where the leaf is not a matrix.
 
-    What a function of the parameters warns of is heard once, when a state is made: `quiet` after.
+    A function of the parameters should warn once, when a state is made. `quiet` silences it after
+    that.
     """
     if quiet:
         with warnings.catch_warnings(action="ignore"):
@@ -188,24 +190,24 @@ def axes_of_each_leaf(
 
 
 def side(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    """Number of indices of the side that `axes` make."""
+    """Returns the number of indices of the side that `axes` make."""
     return math.prod(shape[a] for a in axes)
 
 
 def low_rank_shape(shape: tuple[int, ...], axes: MatrixAxes, rank: int) -> tuple[int, ...]:
-    """Shape of R = P G: (*batch, rank, *channel), the rank capped at the smaller side."""
+    """Returns the shape of R = P G, (*batch, rank, *channel), with a rank of at most m."""
     rank = min(rank, side(shape, axes.projected))
     return (*(shape[a] for a in axes.batch), rank, *(shape[a] for a in axes.channel))
 
 
 def projection_shape(shape: tuple[int, ...], axes: MatrixAxes, rank: int) -> tuple[int, ...]:
-    """Shape of P for every matrix of a leaf: (*batch, rank, m), the rank capped at m."""
+    """Returns the shape of P for all matrices of a leaf, (*batch, rank, m), the rank at most m."""
     low_rank = low_rank_shape(shape, axes, rank)
     return (*low_rank[: len(axes.batch) + 1], side(shape, axes.projected))
 
 
 def matrices_of(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "*batch dim channels"]:
-    """A leaf as matrices, smaller side first: a copy, for what cannot contract over axes."""
+    """Returns a leaf as matrices, smaller side first, for what cannot contract over axes."""
     batch_shape = tuple(G.shape[a] for a in axes.batch)
     moved = jnp.transpose(G, (*axes.batch, *axes.projected, *axes.channel))
     return moved.reshape(*batch_shape, side(G.shape, axes.projected), side(G.shape, axes.channel))
@@ -214,7 +216,7 @@ def matrices_of(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "*ba
 def leaf_of(
     matrices: Float[Array, "*batch dim channels"], shape: tuple[int, ...], axes: MatrixAxes
 ) -> Float[Array, "*leaf"]:
-    """The leaf of `shape` of these `matrices_of` it."""
+    """Returns the leaf of `shape`; the inverse of `matrices_of`."""
     order = (*axes.batch, *axes.projected, *axes.channel)
     moved = matrices.reshape(tuple(shape[a] for a in order))
     return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
@@ -223,9 +225,9 @@ def leaf_of(
 def project(
     P: Float[Array, "*batch rank dim"], G: Float[Array, "*leaf"], axes: MatrixAxes
 ) -> Float[Array, "..."]:
-    """R = P G for every matrix of a leaf, accumulated in float32 or better.
+    """Returns R = P G for every matrix of a leaf, accumulated in float32 or better.
 
-    P is rounded to the dtype of a bfloat16 or float16 G, so that the product is one of that dtype.
+    If G is bfloat16 or float16, P is rounded to its dtype, so that both factors have one dtype.
     """
     batch = len(axes.batch)
     projected_shape = tuple(G.shape[a] for a in axes.projected)
@@ -243,13 +245,13 @@ def project(
 
 
 def without_overflow(R: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Zero in place of entries whose squares could not be summed, and of what is not finite."""
+    """Replaces entries whose squares could not be summed, or that are not finite, by zero."""
     largest = 1e-4 * float(jnp.finfo(R.dtype).max) ** 0.5
     return jnp.where(jnp.abs(R) <= largest, R, 0)
 
 
 def sum_of_squares_per_channel(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "..."]:
-    """Squared norm of every channel of G, in float32 or better."""
+    """Returns the squared norm of every channel of G, in float32 or better."""
     squares = jnp.square(G.astype(jnp.promote_types(G.dtype, jnp.float32)))
     return _batch_first(jnp.sum(squares, axis=axes.projected), axes)
 
@@ -259,7 +261,7 @@ def _kept_axes(axes: MatrixAxes) -> tuple[int, ...]:
 
 
 def _batch_first(x: Float[Array, "..."], axes: MatrixAxes) -> Float[Array, "..."]:
-    """Orders the axes that a sum over the projected axes leaves, as `low_rank_shape` does."""
+    """Orders the axes that remain after a sum over the projected axes as `low_rank_shape` does."""
     kept = _kept_axes(axes)
     position = {axis: i for i, axis in enumerate(sorted(kept))}
     return jnp.transpose(x, tuple(position[axis] for axis in kept))

@@ -17,9 +17,9 @@ _INTO_HEADS = ApolloDimensionNumbers(-3, (-2, -1))  # (embed, heads, head_dim)
 _OUT_OF_HEADS = ApolloDimensionNumbers((-3, -2), -1)  # (heads, head_dim, embed)
 _HEADS_FIRST = ApolloDimensionNumbers(-2, (-3, -1))  # (heads, embed, head_dim)
 
-# Names of leaves, or of the module of a leaf called `w` or `kernel`.
+# Names of leaves, or of the modules of leaves that are called `w` or `kernel`.
 _KERNELS = {"kernel", "wi", "wi_0", "wi_1", "wo"}
-# Matrices where they have two axes: Haiku's (in, out); Equinox's and PyTorch's (out, in).
+# Matrices if they have two axes: Haiku's (in, out), and Equinox's and PyTorch's (out, in).
 _PLAIN = {"w": _DENSE, "weight": ApolloDimensionNumbers(-1, -2)}
 _EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _EINSUMS = {
@@ -32,7 +32,7 @@ _EINSUMS = {
 }
 _INTO = {"query", "key", "value", "q_proj", "k_proj", "v_proj"}
 _OUT = {"out", "o_proj"}
-# With more than two axes these do not tell which are which.
+# With more than two axes, these names do not say what each axis is.
 _UNTOLD = re.compile(r"(w?q?kv|wq|c_attn|patch)(_.*|$)|.*_output")
 _VOCABULARIES = re.compile(
     r"(?!patch_).*embed(ding|dings|der|_tokens)?$|posembed.*|pos_embedding|wte|wpe|shared_embedding"
@@ -46,12 +46,12 @@ _LAYERS = re.compile(r"(.*_)?(layers|blocks)|h")
 
 
 class Named(NamedTuple):
-    """What a name says.
+    """What a name says about a leaf.
 
     Attributes:
-      spec: The axes; None for Adam.
+      spec: The axes, or None for a leaf that is left to Adam.
       known: Whether the name says anything.
-      certain: Whether it says more than that the leaf is some layer's.
+      certain: Whether the name says more than that the leaf belongs to some layer.
     """
 
     spec: ApolloDimensionNumbers | None
@@ -67,34 +67,35 @@ def transformer_dimension_numbers(
 ) -> PyTree:
     """Finds the matrices of a transformer by the names that libraries give its parameters.
 
-    Known are the names of Flax and its examples, Gemma's einsums, Tunix, MaxText and Hugging Face's
-    models in Flax; of Haiku, Equinox and PyTorch the weights with two axes:
+    The names of Flax and its examples, Gemma's einsums, Tunix, MaxText and Hugging Face's models in
+    Flax are known. The weights of Haiku, Equinox and PyTorch are known if they have two axes.
 
-    - `kernel` of Dense and of scanned or expert Dense, (..., in, out): the last two axes are the
-      matrix, all others batch axes; likewise mixture-of-experts weights named `wi`, `wi_0`, `wi_1`,
-      `wo`, and `w` or `weight` with two axes.
-    - `kernel` of DenseGeneral in attention: `query`, `key`, `value` (..., embed, heads, head_dim)
-      and `out` (..., heads, head_dim, embed), also as `q_proj` to `o_proj`. Three axes that do not
-      fit together as attention kernels (`out` against `query`) are taken for scanned Dense kernels
-      of those names.
+    - In `kernel` of Dense and of scanned or expert Dense, (..., in, out), the last two axes are the
+      matrix and all others are batch axes. The same holds for mixture-of-experts weights named
+      `wi`, `wi_0`, `wi_1` and `wo`, and for `w` or `weight` with two axes.
+    - `kernel` of DenseGeneral in attention is a matrix per layer: `query`, `key` and `value` (...,
+      embed, heads, head_dim) and `out` (..., heads, head_dim, embed), also as `q_proj` to `o_proj`.
+      If kernels of three axes do not fit together as attention kernels (`out` against `query`),
+      they are taken for scanned Dense kernels.
     - Embeddings, output heads, convolutions, biases and norms are left to Adam, as in the paper.
 
-    A leaf of two and more axes whose name is not known is left to Adam, with a warning.
-    `infer_dimension_numbers` reads the axes off the model instead, whatever the names are.
+    A leaf with two or more axes and an unknown name is left to Adam, with a warning.
+    `infer_dimension_numbers` reads the axes off the model instead, and does not depend on names.
 
     Args:
-      params: Parameters, bare or boxed; arrays or ShapeDtypeStructs.
-      project_embeddings: Project embedding tables (vocabulary, embed) and output heads too. Beyond
-        the paper: no full-size moments are left in the optimizer state.
-      layers_axis: The axis of stacked layers, where it is not the first: 1 for MaxText's
-        `param_scan_axis=1`. It is a batch axis of the leaves under `layers`, `blocks` or `h`.
+      params: The parameters, bare or boxed, as arrays or ShapeDtypeStructs.
+      project_embeddings: Whether to project embedding tables (vocabulary, embed) and output heads
+        too. The paper does not. The optimizer state then has no full-size moments of them.
+      layers_axis: The axis of stacked layers if it is not the first: 1 for MaxText's
+        `param_scan_axis=1`. This axis is a batch axis of the leaves under `layers`, `blocks` or
+        `h`.
 
     Returns:
       A tree of `params`' structure with `ApolloDimensionNumbers`, or None for a leaf left to Adam.
       Pass it, or this function itself, as `weight_dimension_numbers`.
 
     Raises:
-      TypeError: A step count in place of parameters, as from `optax.inject_hyperparams`.
+      TypeError: If `params` is a step count, as `optax.inject_hyperparams` passes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,10 +114,10 @@ def transformer_dimension_numbers(
 
 
 def default_dimension_numbers(params: PyTree) -> PyTree:
-    """What `weight_dimension_numbers=None` means: names, and any other leaf of two axes a matrix.
+    """Goes by names, and makes a matrix of any other leaf with two axes.
 
-    Stacked norms and biases are none. What has more than two axes and no known name is left to
-    Adam, with a warning.
+    This is what `weight_dimension_numbers=None` means. Stacked norms and biases are not matrices. A
+    leaf with more than two axes and no known name is left to Adam, with a warning.
     """
     named, treedef = named_arrays(params)
     found = by_name(named)
@@ -135,18 +136,18 @@ def default_dimension_numbers(params: PyTree) -> PyTree:
 
 
 def warn_of_adams_state(leaves: list[tuple[Path, Any]], why: str) -> None:
-    """Warns once of all leaves on Adam for want of a specification."""
+    """Warns once of all leaves that are left to Adam because they have no specification."""
     if not leaves:
         return
     moment_bytes = sum(2 * leaf.size * max(leaf.dtype.itemsize, 4) for _, leaf in leaves)
     named = ", ".join(f"{spell(path)} {tuple(leaf.shape)}" for path, leaf in leaves[:3])
     more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
     warnings.warn(
-        f"{named}{more} have {why}: they are no matrices, and with Adam their moments "
-        f"take {moment_bytes:,} bytes. To project them, pass as weight_dimension_numbers what "
-        f"infer_dimension_numbers(forward, params, *inputs) reads off the model, or what "
-        f"dimension_numbers_from_rules makes, or ApolloDimensionNumbers(reduction_axis=-2, "
-        f"output_axis=-1) for stacks of (in, out). An entry of None says that Adam is meant.",
+        f"{named}{more} have {why}: they are trained with Adam, and their moments take "
+        f"{moment_bytes:,} bytes. To project them, pass weight_dimension_numbers: the result of "
+        f"infer_dimension_numbers(forward, params, *inputs) or of dimension_numbers_from_rules, or "
+        f"ApolloDimensionNumbers(reduction_axis=-2, output_axis=-1) for stacks of (in, out). To "
+        f"train them with Adam without this warning, give None as their entries.",
         stacklevel=4,
     )
 
@@ -157,7 +158,7 @@ def by_name(
     project_embeddings: bool = False,
     layers_axis: int | None = None,
 ) -> dict[Path, Named]:
-    """What the name of each leaf says."""
+    """Returns what the name of each leaf says."""
     leaves = [(path, _words(path), tuple(leaf.shape)) for path, leaf in named]
 
     def stacked_axis(names: Path, shape: tuple[int, ...]) -> int | None:
@@ -167,7 +168,7 @@ def by_name(
         )
 
     axes = {path: stacked_axis(names, shape) for path, names, shape in leaves}
-    # Of one layer, as the names are.
+    # The shapes of one layer, which the names describe.
     of_layer = {
         path: shape if (axis := axes[path]) is None else shape[:axis] + shape[axis + 1 :]
         for path, _, shape in leaves
@@ -183,12 +184,12 @@ def by_name(
 
 
 def _words(path: Path) -> Path:
-    """The names of a path, apart where a library joined them: `blocks/mlp/kernel`."""
+    """Returns the names of a path, split where a library joined them: `blocks/mlp/kernel`."""
     return tuple(word for name in path for word in re.split(r"[/.]", name) if word)
 
 
 def _with_axis(spec: ApolloDimensionNumbers, axis: int, ndim: int) -> ApolloDimensionNumbers:
-    """The specification of a leaf without an axis, for the leaf with it."""
+    """Turns the specification of a leaf without an axis into that of the leaf with the axis."""
 
     def moved(axes: Any) -> tuple[int, ...]:
         each = (a % (ndim - 1) for a in (axes if isinstance(axes, tuple) else (axes,)))
@@ -209,7 +210,7 @@ def _named(
         ("output", "kernel"),
         ("params", "output", "kernel"),
     )
-    # Of the leaf or its module: what stands deeper, as in `time_embedding`, is a layer.
+    # The name of the leaf or of its module; a module further up, as `time_embedding`, has layers.
     if is_head or any(_VOCABULARIES.fullmatch(part) for part in names[-2:]):
         return Named(_DENSE if vocabulary and axes == 2 else None)
     if name in _EINSUMS or (module in _EINSUMS and name == "w"):
@@ -237,7 +238,7 @@ def _fits_heads(
 ) -> bool | None:
     """Whether attention kernels have axes of heads: `out` has those of the query or value.
 
-    None if they fit neither as heads nor as stacked (in, out).
+    Returns None if the kernels fit neither as heads nor as stacked (in, out).
     """
     attention, leaf = names[:-2], names[-1]
     siblings = {module: shapes.get((*attention, module, leaf)) for module in sorted(_INTO | _OUT)}

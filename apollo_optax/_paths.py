@@ -1,8 +1,8 @@
 """Names the leaves of a pytree, and builds plain nested dictionaries from those names.
 
-Optimizer state must not be built on the parameters' own tree nodes: Flax's boxes carry axis names
-that do not fit a low-rank leaf (`_boxes.py` makes those that do), and the same parameters arrive
-boxed at one call and bare at the next.
+The optimizer state is not built on the parameters' own tree nodes, for two reasons. Flax's boxes
+have axis names that do not fit a low-rank leaf (`_boxes.py` makes names that fit). And the same
+parameters may be boxed in one call and bare in the next.
 """
 
 import zlib
@@ -44,7 +44,7 @@ def named_leaves(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[Path, Any]]
 
 
 def named_arrays(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """`named_leaves` with Python's and NumPy's numbers as arrays, as Optax's own take them."""
+    """Returns `named_leaves` with Python's and NumPy's numbers as arrays, as Optax does."""
     named, treedef = named_leaves(tree)
     return [(path, x if hasattr(x, "ndim") else jnp.asarray(x)) for path, x in named], treedef
 
@@ -74,17 +74,17 @@ def lookup(tree: Any, path: Path) -> Any:
 
 
 def replaced(tree: Any, *parts: Any) -> Any:
-    """The tree with the leaves of its parts in place of its own."""
+    """Returns the tree with the leaves of the parts in place of its own."""
     new = {path: leaf for part in parts for path, leaf in named_leaves(part)[0]}
     named, structure = named_leaves(tree)
     return structure.unflatten(new.get(path, leaf) for path, leaf in named)
 
 
 def spell(path: Path) -> str:
-    """The path as errors and warnings show it."""
+    """Returns the path as errors and warnings show it."""
     return "/".join(path) or "(the only leaf)"
 
 
 def stable_hash(path: Path) -> int:
-    """A 32-bit hash of a path, the same in every process and on every machine."""
+    """Returns a 32-bit hash of a path, the same in every process and on every machine."""
     return zlib.crc32("/".join(path).encode())

@@ -1,4 +1,4 @@
-"""Where a leaf lies on a mesh, and where its share of the optimizer state belongs."""
+"""The sharding of a leaf on a mesh, and of the leaf's share of the optimizer state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ from apollo_optax._matrices import MatrixAxes
 
 
 def placement_of(leaf: Any) -> NamedSharding | None:
-    """The mesh sharding of an array or ShapeDtypeStruct; while traced, that in its type.
+    """Returns the mesh sharding of an array or ShapeDtypeStruct; of a traced array, its type's.
 
-    None where it has none, or only the compiler will know (traced over automatic axes).
+    Returns None if there is none, or if only the compiler will know (traced over automatic axes).
     """
     if isinstance(leaf, jax.core.Tracer):
         return explicit_sharding(leaf)
@@ -22,7 +22,7 @@ def placement_of(leaf: Any) -> NamedSharding | None:
 
 
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
-    """The sharding in an array's type; None if no axis of its mesh is explicit."""
+    """Returns the sharding in an array's type, or None if no axis of its mesh is explicit."""
     sharding = jax.typeof(leaf).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
@@ -30,11 +30,11 @@ def explicit_sharding(leaf: Any) -> NamedSharding | None:
 def moments_placement(
     sharding: NamedSharding | None, shape: tuple[int, ...], axes: MatrixAxes | None
 ) -> NamedSharding | None:
-    """Where the moments of a leaf of `shape` belong, `(*batch, rank, *channel)` for a matrix.
+    """Returns the placement of a leaf's moments, `(*batch, rank, *channel)` for a matrix.
 
-    Batch and channel axes keep their sharding and the rank axis is whole. What the projected axes
-    are sharded over would hold the same numbers many times, so the channel axes are divided over
-    that too where their size allows it.
+    Batch and channel axes keep their sharding, and the rank axis is not sharded. Mesh axes that
+    shard the projected axes would hold the same moments many times. Where the sizes divide evenly,
+    these mesh axes shard the channel axes instead.
     """
     if sharding is None or axes is None:
         return sharding
@@ -54,7 +54,7 @@ def moments_placement(
 def matrices_placement(
     sharding: NamedSharding | None, shape: tuple[int, ...], axes: MatrixAxes, whole: int = 0
 ) -> NamedSharding | None:
-    """Where an array with the batch axes, and `whole` undivided ones after them, belongs."""
+    """Returns the placement of an array of the batch axes and `whole` unsharded axes after them."""
     if sharding is None:
         return None
     names = _names_of_each_axis(sharding, len(shape))
@@ -64,7 +64,7 @@ def matrices_placement(
 def placement_without(
     sharding: NamedSharding | None, ndim: int, axes: tuple[int, ...]
 ) -> NamedSharding | None:
-    """Where an array without some axes of a leaf, counted from its last, belongs."""
+    """Returns the placement of an array without some axes of a leaf, counted from the last."""
     if sharding is None:
         return None
     names = _names_of_each_axis(sharding, ndim)
@@ -72,9 +72,9 @@ def placement_without(
 
 
 def call_on_automatic_axes(function: Callable, *args: Any, like: Any) -> Any:
-    """Returns `function(*args)`, whose results have the structure and the shardings of `like`.
+    """Returns `function(*args)`, with the structure and the shardings of `like`.
 
-    With sharding in types, the shardings within are left to the compiler, as they are without.
+    If types have shardings, the compiler still chooses the shardings inside the function.
     """
     known = [sharding for leaf in jax.tree.leaves(like) if (sharding := explicit_sharding(leaf))]
     if not known:
@@ -85,18 +85,18 @@ def call_on_automatic_axes(function: Callable, *args: Any, like: Any) -> Any:
 
 
 def on_automatic_axes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets the compiler choose the shardings within an update, whatever the axes of the mesh are.
+    """Lets the compiler choose the shardings within an update, also on explicit mesh axes.
 
-    With sharding in types (`AxisType.Explicit`), products of sharded arrays are refused where their
-    result's sharding is ambiguous, as in `optax.contrib.muon`. Wrapped, any transformation updates
-    there: updates keep the types of the gradients, and states those of the state. `scale_by_apollo`
-    is wrapped already.
+    On a mesh with explicit axes (`AxisType.Explicit`), JAX refuses products of sharded arrays if
+    the sharding of the result is ambiguous, as in `optax.contrib.muon`. A wrapped transformation
+    works on such a mesh. The updates keep the types of the gradients, and the new state keeps the
+    types of the state. `scale_by_apollo` is wrapped already.
 
     Args:
       tx: Any Optax transformation.
 
     Returns:
-      The transformation, with the same state. Without explicit axes it is `tx`.
+      The transformation, with the same state. Without explicit axes, it does what `tx` does.
 
     Example:
       >>> import optax
@@ -118,7 +118,7 @@ def on_automatic_axes(tx: optax.GradientTransformation) -> optax.GradientTransfo
 def compiler_divides_arrays() -> bool:
     """Whether a mesh is set with an axis of several devices that is not manual.
 
-    Shardings that only the arguments of `jax.jit` have are not seen while it is traced.
+    Shardings that only the arguments of `jax.jit` have cannot be seen during tracing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -126,14 +126,14 @@ def compiler_divides_arrays() -> bool:
 
 
 def result_shardings(function: Callable, tree: Any, shardings: Any) -> Any:
-    """The shardings of `function(tree)`: of what it makes like a leaf, that leaf's.
+    """Returns the shardings of `function(tree)`; arrays made like a leaf have that leaf's.
 
-    Traces `function` with the shardings in the types of the leaves, and runs nothing.
+    `function` is traced with the shardings in the types of the leaves. Nothing runs.
 
     Args:
-      function: Of `tree`; returns a tree of arrays.
-      tree: Arrays or ShapeDtypeStructs.
-      shardings: A tree of the same structure with a NamedSharding for each, all over one mesh.
+      function: A function of `tree` that returns a tree of arrays.
+      tree: A tree of arrays or ShapeDtypeStructs.
+      shardings: A tree of the same structure with NamedShardings, all over one mesh.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     explicit = AbstractMesh(

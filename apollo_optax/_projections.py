@@ -1,4 +1,4 @@
-"""Draws the projection P of a matrix's smaller side."""
+"""Draws the projection P of the smaller side of a matrix."""
 
 import functools
 import itertools
@@ -15,16 +15,16 @@ from apollo_optax._matrices import MatrixAxes, matrices_of
 from apollo_optax._paths import Path, stable_hash
 
 _BITS_PER_WORD = 32
-# Projections of one shape are drawn together up to this size: what it may add to the peak.
+# Projections of one shape are drawn together up to this size, which may add to the peak memory.
 _TOGETHER_BYTES = 1 << 26
 
 
 @runtime_checkable
 class Projection(Protocol):
-    """Signature of a projection: a pure function of a leaf's key and the number of refreshes so
-    far.
+    """The signature of a projection.
 
-    It returns P of shape `(rank, dim)`, float32, with `E[P.T @ P] = I`.
+    A projection is a pure function of a matrix's key and the number of refreshes so far. The result
+    is P of shape `(rank, dim)`, float32, with `E[P.T @ P] = I`.
     """
 
     def __call__(
@@ -41,11 +41,11 @@ def gaussian(
     """Draws the paper's projection: independent normal entries of variance `1 / rank`.
 
     Args:
-      key: Typed PRNG key of the matrix.
-      refresh: Number of refreshes so far, `count // update_proj_gap`; every value gives an
+      key: The typed PRNG key of the matrix.
+      refresh: The number of refreshes so far, `count // update_proj_gap`. Every value gives an
         independent P.
-      rank: Rows of P.
-      dim: Columns of P, the size of the matrix's smaller side.
+      rank: The number of rows of P.
+      dim: The number of columns of P, which is the size of the matrix's smaller side.
 
     Returns:
       P of shape `(rank, dim)`, float32, with `E[P.T @ P] = I`.
@@ -68,10 +68,10 @@ def gaussian(
 def rademacher(
     key: PRNGKeyArray, refresh: Int[ArrayLike, ""], rank: int, dim: int
 ) -> Float[Array, "rank dim"]:
-    """Draws independent signs `±1 / sqrt(rank)`: one random bit an entry, far cheaper than a normal
-    draw.
+    """Draws independent signs `±1 / sqrt(rank)`.
 
-    Arguments and result are those of `gaussian`. Every column of P has norm 1 exactly.
+    An entry takes one random bit, which is far cheaper than a normal draw. The arguments and the
+    result are those of `gaussian`. Every column of P has norm 1 exactly.
 
     Example:
       >>> import jax
@@ -90,14 +90,14 @@ def rademacher(
 
 
 def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*batch rank dim"]:
-    """Takes the projection from the gradient itself: the paper's "APOLLO with SVD".
+    """Takes the projection from the gradient itself, the paper's "APOLLO with SVD".
 
-    Pass it as `projection=svd`. Unlike the random projections it cannot be redrawn, so P is kept in
-    the optimizer state (`rank * dim` more numbers a matrix) and recomputed at every refresh.
+    Pass this function as `projection=svd`. P cannot be redrawn from a key, so P is kept in the
+    optimizer state (`rank * dim` more numbers per matrix) and recomputed at every refresh.
 
     Args:
-      G: A gradient with its smaller side first, or a batch of them.
-      rank: Number of singular vectors, at most `dim`.
+      G: A gradient with its smaller side first, or a batch of gradients.
+      rank: The number of singular vectors, at most `dim`.
 
     Returns:
       The `rank` leading left singular vectors of G as rows, float32.
@@ -109,7 +109,7 @@ def svd(G: Float[Array, "*batch dim channels"], rank: int) -> Float[Array, "*bat
     """
     G = G.astype(jnp.promote_types(G.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(G), axis=(-2, -1), keepdims=True)
-    G = G / jnp.where(largest > 0, largest, 1)  # the squares of a huge one would overflow
+    G = G / jnp.where(largest > 0, largest, 1)  # the squares of a huge G would overflow
     left, _, _ = jnp.linalg.svd(G, full_matrices=False)
     return jnp.swapaxes(left[..., :rank], -1, -2).astype(jnp.float32)
 
@@ -120,7 +120,8 @@ svd.keeps_state = True  # type: ignore[attr-defined]
 def keeps_state(projection: Callable[..., Array]) -> bool:
     """Whether a projection is a function `(G, rank) -> P` of the gradient, kept until it is due.
 
-    It says so by an attribute `keeps_state`, as `svd` does. All others are redrawn at every step.
+    Such a projection has an attribute `keeps_state`, as `svd` has. All others are redrawn at every
+    step.
     """
     return getattr(projection, "keeps_state", False)
 
@@ -132,19 +133,19 @@ def draw_projections(
     shapes: Mapping[Path, tuple[int, ...]],
     first: Int[ArrayLike, ""],
 ) -> dict[Path, Float[Array, "*batch rank dim"]]:
-    """Draws P of every leaf, each matrix with a key of its leaf's path and its batch index.
+    """Draws P of every leaf, each matrix with a key from its leaf's path and its batch index.
 
-    Where the rank is the whole side nothing is projected: P is the identity.
+    Where the rank is the whole side, nothing is projected: P is the identity.
 
     Compiling a generator takes longer than compiling the rest of a leaf's update. Leaves of one
-    shape therefore share one, up to `_TOGETHER_BYTES`.
+    shape therefore share a generator, up to `_TOGETHER_BYTES`.
 
     Args:
       projection: The projection.
-      key: Of all leaves.
-      refresh: Number of refreshes so far.
-      shapes: Of the result, `(*batch, rank, dim)`.
-      first: Where slices of stacked leaves start on their leading batch axis.
+      key: The key of all leaves.
+      refresh: The number of refreshes so far.
+      shapes: The shapes of the result, `(*batch, rank, dim)`.
+      first: The index on their leading batch axis at which slices of stacked leaves start.
     """
     in_order = dict(sorted(shapes.items(), key=lambda item: item[1]))
     keys = _keys_of_matrices(key, in_order, first)
@@ -163,7 +164,7 @@ def draw_projections(
                 P = _draw(projection, keys[start:end], refresh, rank, dim)
                 P = P.reshape(len(some), *shape)
             drawn |= zip(some, P, strict=True)
-    # Drawn once, not again for each tile of the product.
+    # The barrier has P drawn once, and not again for each tile of the product.
     return {path: jax.lax.optimization_barrier(P) for path, P in drawn.items()}
 
 
@@ -175,7 +176,7 @@ def _draw(
     rank: int,
     dim: int,
 ) -> Float[Array, "matrices rank dim"]:
-    """P of each key. Traced once for all steps, and for all leaves of a size."""
+    """Draws P for each key; traced once for all steps and all leaves of one size."""
     return jax.vmap(lambda key: projection(key, refresh, rank, dim))(keys)
 
 
@@ -186,10 +187,10 @@ def refit_projections(
     axes: Mapping[Path, MatrixAxes | None],
     is_due: Bool[Array, ""],
 ) -> dict[Path, Array]:
-    """The stored projections, those that are due taken anew from the gradients.
+    """Returns the stored projections; those that are due are recomputed from the gradients.
 
-    A gradient of zeros tells no direction: its P stays as it was, and a P that was never
-    taken, all zeros, is taken from the first gradient that is not zero.
+    A gradient of zeros has no direction, so its P does not change. A P that was never computed is
+    all zeros, and is computed from the first gradient that is not zero.
     """
 
     def refit(G: Array, P: Array, matrix: MatrixAxes) -> Array:
@@ -213,7 +214,7 @@ def refit_projections(
 def _keys_of_matrices(
     key: PRNGKeyArray, shapes: Mapping[Path, tuple[int, ...]], first: Int[ArrayLike, ""]
 ) -> Key[Array, " matrices"]:
-    """A key for each matrix of each leaf, of the leaf's path and the matrix's batch index."""
+    """Returns a key for each matrix of each leaf, from the leaf's path and the batch index."""
     hashes, indices = [], []
     for path, (*batch, _, _) in shapes.items():
         index = jnp.arange(math.prod(batch), dtype=jnp.uint32)
@@ -231,11 +232,11 @@ def _keys_of_matrices(
 
 
 def check_projection(draw: Projection, rank: int, dim: int) -> None:
-    """Raises unless `draw` returns what a projection must, without running it.
+    """Checks what `draw` returns, without running it.
 
     Raises:
-      TypeError: Another dtype than float32, or no array.
-      ValueError: Another shape than `(rank, dim)`.
+      TypeError: If `draw` returns another dtype than float32, or no array.
+      ValueError: If `draw` returns another shape than `(rank, dim)`.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     P = jax.eval_shape(lambda k, refresh: draw(k, refresh, rank, dim), key, jnp.int32(0))

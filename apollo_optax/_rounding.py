@@ -1,4 +1,4 @@
-"""Stochastic rounding: adds small updates to low-precision weights without bias."""
+"""Stochastic rounding, which adds small updates to low-precision weights without bias."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from apollo_optax._placement import call_on_automatic_axes
 
 
 def rounds_up(key: PRNGKeyArray, fraction: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
-    """Draws for each entry whether it is rounded up, which has the probability `fraction`.
+    """Draws for each entry whether it is rounded up, with the probability `fraction`.
 
-    16 bits decide: those that a float32 has beyond bfloat16, so that nothing is biased there; a
-    bias of at most 2^-17 of a step elsewhere.
+    The draw has 16 bits. A float32 has 16 bits more than a bfloat16, so that rounding to bfloat16
+    has no bias. Elsewhere the bias is at most 2^-17 of a step.
     """
     bits = jax.random.bits(key, fraction.shape, jnp.uint16)
-    # Half a unit keeps the thresholds centred, and whole steps where they are.
+    # Half a unit centres the thresholds, and keeps whole steps unchanged.
     return fraction > (bits.astype(jnp.float32) + 0.5) * 2.0**-16
 
 
@@ -28,11 +28,11 @@ def stochastic_round(
 ) -> Float[Array, "*shape"]:
     """Rounds `x` to one of its two neighbours in a narrower float dtype, with the expectation `x`.
 
-    Values that `dtype` holds, infinities and NaN stay as they are; beyond the largest finite value,
-    infinity is the upper neighbour, as in rounding to nearest.
+    Values that `dtype` can represent, infinities and NaN do not change. Beyond the largest finite
+    value, infinity is the upper neighbour, as in rounding to nearest.
 
     Args:
-      key: PRNG key; one draw an entry.
+      key: The PRNG key, for one draw per entry.
       x: Values of a wider float dtype.
       dtype: bfloat16 or float16.
 
@@ -43,13 +43,13 @@ def stochastic_round(
     nearest = x.astype(dtype)
     bits = jax.lax.bitcast_convert_type(nearest, bits_dtype)
     overshot = jnp.abs(nearest.astype(x.dtype)) > jnp.abs(x)
-    # The bits of a float, its sign aside, count its values upwards from zero.
-    # What follows an infinity in that order is NaN, so none is counted on from.
+    # Apart from the sign, the bits of a float count the values upwards from zero. The next value
+    # after infinity would be NaN, so infinities are left out.
     inner_bits = jnp.where(jnp.isfinite(x), bits - overshot.astype(bits_dtype), 0)
     inner = jax.lax.bitcast_convert_type(inner_bits, dtype).astype(x.dtype)
     outer = jax.lax.bitcast_convert_type(inner_bits + 1, dtype)
     gap = jnp.abs(outer.astype(x.dtype)) - jnp.abs(inner)
-    # Backends that take subnormals for zero see no gap between them.
+    # On backends that flush subnormals to zero, the gap between two of them is zero.
     fraction = (jnp.abs(x) - jnp.abs(inner)) / jnp.where(gap > 0, gap, 1)
     outwards = rounds_up(key, fraction).astype(bits_dtype)
     rounded = jax.lax.bitcast_convert_type(inner_bits + outwards, dtype)
@@ -57,27 +57,26 @@ def stochastic_round(
 
 
 def apply_updates_stochastic(params: PyTree, updates: PyTree, key: PRNGKeyArray | None) -> PyTree:
-    """Adds updates to parameters, rounding stochastically where a parameter is narrower than
-    float32.
+    """Adds updates to parameters, with stochastic rounding of bfloat16 and float16 parameters.
 
-    A learning rate small against a bfloat16 weight's spacing (2^-8 of its size) is lost by rounding
-    to nearest; stochastic rounding keeps its expectation: `E[result] = params + updates`. Used in
-    place of `optax.apply_updates`.
+    Use this function in place of `optax.apply_updates`. The spacing of bfloat16 weights is 2^-8 of
+    their size. Updates that are small against the spacing are lost when the sum is rounded to
+    nearest. Stochastic rounding keeps their expectation: `E[result] = params + updates`.
 
     Args:
-      params: Parameters. bfloat16 and float16 leaves are rounded stochastically, float32 and
-        float64 ones added as by `optax.apply_updates`.
-      updates: Updates of the parameters' structure and shapes; a None leaves its parameters as they
-        are.
-      key: PRNG key, a new one every step. Each leaf folds in its path, so other leaves do not
-        matter to it.
+      params: The parameters. bfloat16 and float16 leaves are rounded stochastically. float32 and
+        float64 leaves are updated as by `optax.apply_updates`.
+      updates: The updates, with the structure and shapes of the parameters. A None leaves its
+        parameter unchanged.
+      key: A PRNG key, a new one for every step. Each leaf folds its path into the key, so that
+        other leaves do not change its rounding.
 
     Returns:
       Parameters of the same structure, shapes and dtypes.
 
     Raises:
-      TypeError: A parameter of another dtype.
-      ValueError: Updates of another structure or shape; None as the key.
+      TypeError: If a parameter has another dtype.
+      ValueError: If the updates have another structure or shape, or the key is None.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -98,7 +97,7 @@ def apply_updates_stochastic(params: PyTree, updates: PyTree, key: PRNGKeyArray 
 
 
 def add_update(path: Path, param: Array, update: Array | None, key: PRNGKeyArray | None) -> Array:
-    """Updates a parameter as `apply_updates_stochastic` does; rounds to nearest without a key."""
+    """Updates a parameter as `apply_updates_stochastic` does, or to nearest without a key."""
     if update is None:
         return param
     require_shape_of_parameter(path, update, param.shape)
@@ -117,14 +116,14 @@ def require_new_key(key: PRNGKeyArray | None) -> PRNGKeyArray:
     if key is None:
         raise ValueError(
             "Stochastic rounding needs a PRNG key, got None. Pass another key at each step, for "
-            "example jax.random.fold_in(key, step): with the same one, the same weights would be "
+            "example jax.random.fold_in(key, step). With the same key, the same weights would be "
             "rounded up every time."
         )
     return key
 
 
 def leaf_key(key: PRNGKeyArray, path: Path) -> PRNGKeyArray:
-    """The key of the leaf at `path`, whatever other leaves there are."""
+    """Returns the key of the leaf at `path`, which does not depend on other leaves."""
     return jax.random.fold_in(key, stable_hash(path))
 
 
@@ -133,5 +132,5 @@ def require_shape_of_parameter(path: Path, update: Any, shape: tuple[int, ...]) 
     if np.shape(update) != shape:
         raise ValueError(
             f"The update of {spell(path)} has shape {np.shape(update)}, "
-            f"its parameter {shape}; they must be equal."
+            f"its parameter {shape}; the two shapes must be equal."
         )

@@ -1,4 +1,4 @@
-"""SWAN: matrices are trained by their whitened gradient, of which nothing is remembered."""
+"""SWAN trains matrices by their whitened gradients, without any state."""
 
 import functools
 from typing import Any
@@ -39,22 +39,22 @@ from apollo_optax._names import default_dimension_numbers
 from apollo_optax._paths import named_arrays, named_leaves, replaced
 from apollo_optax._placement import on_automatic_axes
 
-# Of the quintic iteration, as in `optax.contrib.muon`.
+# The quintic Newton-Schulz iteration of `optax.contrib.muon`.
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-_NOTHING_KEPT = 0  # as a rank
+_NOTHING_KEPT = 0  # the rank of a matrix without state
 
 
 @functools.partial(jax.jit, static_argnames="axes")
 def whiten(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "*leaf"]:
-    """Every matrix of a gradient with its outputs at one size and orthogonal, in G's dtype.
+    """Returns every matrix of a gradient with outputs of one size and orthogonal, in G's dtype.
 
     Each output is divided by its root mean square over the inputs. Newton-Schulz iterations then
-    bring the singular values near 1, and the root of the larger side the entries to about 1.
-    Computed in float32 or better.
+    bring the singular values near 1, and the root of the larger side brings the entries to about 1.
+    The computation is in float32 or better.
     """
     X = G.astype(wide(G.dtype))
     sides = (*axes.projected, *axes.channel)
-    # So that squares of small and of large entries are as good as of others.
+    # Scaled first, so that squares neither overflow nor underflow.
     largest = jnp.max(jnp.abs(X), axis=sides, keepdims=True)
     X = jnp.where(jnp.isfinite(largest), X / _or_one(largest), 0)
     X = X / _or_one(jnp.sqrt(jnp.mean(jnp.square(X), axis=axes.reduction, keepdims=True)))
@@ -98,36 +98,38 @@ def scale_by_swan(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Whitens the gradients of matrices, without any state.
 
-    For a matrix G whose outputs have inputs `j`:
+    For a matrix G with inputs `j` and outputs `k`:
 
     .. math::
       X_{jk} &= G_{jk} / \sqrt{\textstyle\mathrm{mean}_j \, G_{jk}^2} \\
       U &= \sqrt{n} \, (X X^T)^{-1/2} X
 
-    with n the size of the larger side, so that entries are of size about 1. The inverse root is by
-    five Newton-Schulz iterations with the coefficients of `optax.contrib.muon`. The paper also
-    takes the mean off each output first, and gives U the norm of G.
+    Here n is the size of the larger side, so that the entries have a size of about 1. The inverse
+    root is computed by five Newton-Schulz iterations with the coefficients of
+    `optax.contrib.muon`. The paper also subtracts the mean of each output first, and gives U the
+    norm of G.
 
-    Leaves that are not matrices are trained as by `scale_by_apollo`.
+    Leaves that are not matrices are trained as `scale_by_apollo` trains them.
 
     Args:
-      b1: Decay of the first moment of leaves that are not matrices.
-      b2: Decay of their second moment.
-      eps: Added to the root of the second moment.
-      mu_dtype: Dtype their first moment is kept in.
-      vocabulary: As in `scale_by_apollo`; "factored" keeps about V + d numbers for a table (V, d).
+      b1: The decay of the first moment of leaves that are not matrices.
+      b2: The decay of the second moment of these leaves.
+      eps: The number added to the root of the second moment.
+      mu_dtype: The dtype that the first moment is kept in.
+      vocabulary: As in `scale_by_apollo`. "factored" keeps about V + d numbers for a table of shape
+        (V, d).
       weight_dimension_numbers: As in `scale_by_apollo`.
 
     Returns:
-      A gradient transformation whose state is a `ScaleByApolloState`. Of a matrix it has zeros, one
-      each for `mu`, `nu` and `norm`, so that its dictionaries fit the parameters; the key is not
-      used.
+      A gradient transformation whose state is a `ScaleByApolloState`. For a matrix, `mu`, `nu` and
+      `norm` are one zero each, so that the dictionaries of the state fit the parameters. The key is
+      not used.
 
     Raises:
-      TypeError: An argument of the wrong type, here; a parameter or gradient that is not real
-        floating point, at init.
-      ValueError: An argument out of range, here; axes that do not fit a parameter, at init;
-        gradients that do not match the state, at update.
+      TypeError: If an argument has the wrong type; at init, if a parameter is not real floating
+        point.
+      ValueError: If an argument is out of range; at init, if axes do not fit a parameter; at
+        update, if the gradients do not match the state.
 
     References:
       Ma et al., SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training, ICML

@@ -1,20 +1,20 @@
 """int8 weights in groups that share a scale, trained by stochastic rounding without a float copy.
 
-A quantized leaf is qwix's `QArray`: `qvalue` int8 in the weight's shape and `scale` float32, one
-for every group of up to 128 neighbours along the axis a matrix product contracts:
+A quantized leaf is a `QArray` of qwix: an int8 `qvalue` in the weight's shape, and a float32
+`scale`. Up to 128 neighbours along the axis that a matrix product contracts share a scale:
 
     weight = qvalue * scale,  scale = largest magnitude in the group / 127
 
-A training step reads `dequantize(params)`, takes gradients for those floats, and writes what an
-Optax transformation makes of them back with `apply_updates`, leaf by leaf:
+A training step reads `dequantize(params)` and takes gradients with respect to these floats.
+`apply_updates` adds the updates of an Optax transformation to the int8 weights, leaf by leaf:
 
     state = tx.init(jax.eval_shape(dequantize, params))
     weights = dequantize(params)
     updates, state = tx.update(jax.grad(loss)(weights), state, weights)
     params = apply_updates(params, updates, key)
 
-One layer at a time, `layerwise.WeightFormat(dequantize, apply_updates)` does the same: a layer
-sliced out of a stacked `QArray` is a `QArray`.
+`layerwise.WeightFormat(dequantize, apply_updates)` does the same for one layer at a time. A layer
+that is sliced out of a stacked `QArray` is a `QArray`.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ try:
     from qwix import QArray
 except ImportError as error:
     raise ImportError(
-        "apollo_optax.quantization needs qwix; in the checkout of apollo-optax: "
+        "apollo_optax.quantization needs qwix. Install it in the checkout of apollo-optax: "
         "pip install -e '.[quantization]'"
     ) from error
 
@@ -60,15 +60,15 @@ __all__ = [
 
 Rounding: TypeAlias = Literal["stochastic", "nearest"]
 
-# -128 is not used: a group and its negative have the same steps.
+# -128 is not used, so that a group and its negative have the same steps.
 _LARGEST_STEP = 127
 _SMALLEST_SCALE = float(jnp.finfo(jnp.float32).tiny)
-# So that eager calls make no float copies either; inlined where they are compiled anyway.
+# Compiled, so that eager calls make no float copies; inlined in a compiled caller.
 _compiled = functools.partial(jax.jit, inline=True)
 
-# Fewer weights than this to a scale of 4 bytes are not worth one, where another axis has more.
+# A group of fewer weights does not justify a scale of 4 bytes, if another axis is longer.
 _FEWEST_IN_A_GROUP = 16
-# Sides of the windows of convolutions.
+# The longest side of a convolution's window.
 _LARGEST_WINDOW = 7
 
 _INT8 = (jnp.int8, "int8")
@@ -78,21 +78,22 @@ _VECTORS = ("b", "bias", "offset", "scale")
 def contracted_axes(params: PyTree) -> PyTree:
     """Finds the axis that a matrix product contracts, by the names that Flax and Equinox give.
 
-    - Matrices (..., in, out), whatever their name: the input axis, -2. Axes before it are layers or
-      experts.
-    - `kernel` of DenseGeneral in attention: `query`, `key`, `value` (..., embed, heads, head_dim)
-      along embed; `out` (..., heads, head_dim, embed) along head_dim.
-    - `embedding` (vocabulary, embed) and Equinox's `weight` (out, in): the last axis. A token's row
-      has its scales to itself.
-    - Where that is an axis of fewer than 16 (the window of a convolution, one channel of a
-      depthwise one), the last axis of at least 16, else the longest: Equinox's convolutions (out,
-      in, height, width) along `in`. Not of a leaf with two axes.
-    - None, to stay as they are: leaves with fewer than two axes, of no floating dtype or empty;
-      biases and norms, stacked over layers too, which are `bias`, `b`, `scale` and `offset`
-      anywhere, and everything under a name with "norm" in it.
+    - Matrices (..., in, out) of any name are grouped along the input axis, -2. The axes before the
+      input axis are layers or experts.
+    - `kernel` of DenseGeneral in attention is grouped along embed for `query`, `key` and `value`
+      (..., embed, heads, head_dim), and along head_dim for `out` (..., heads, head_dim, embed).
+    - `embedding` (vocabulary, embed) and Equinox's `weight` (out, in) are grouped along the last
+      axis. The row of a token has scales of its own.
+    - Such an axis may have fewer than 16 indices, as the window of a convolution has. Then the last
+      axis with at least 16 is taken, or else the longest. Equinox's convolutions (out, in, height,
+      width) are grouped along `in`. This rule does not apply to leaves with two axes.
+    - Leaves that are not quantized get None: leaves with fewer than two axes, leaves without a
+      floating dtype, empty leaves, and biases and norms, also if they are stacked over layers.
+      Biases and norms are leaves named `bias`, `b`, `scale` or `offset`, and everything under a
+      name that contains "norm".
 
     Args:
-      params: Parameters, bare or boxed; arrays, ShapeDtypeStructs or QArrays.
+      params: The parameters, bare or boxed, as arrays, ShapeDtypeStructs or QArrays.
 
     Returns:
       A tree of `params`' structure with a negative axis, or None for a leaf that is not quantized.
@@ -124,11 +125,12 @@ def _contracted_axis(path: Path, leaf: Any, spec: ApolloDimensionNumbers | None)
 
 
 def _long_axis(shape: tuple[int, ...], contracted: int) -> int:
-    """The contracted axis, or one that is longer where a convolution leaves that one too short."""
+    """Returns the contracted axis, or a longer axis if the contracted one is too short."""
     if len(shape) == 2 or shape[contracted] >= _FEWEST_IN_A_GROUP:
         return contracted
-    # From the back: the input channels of (layers, out, in, height, width). The first axis may be
-    # of layers, which have their scales to themselves, unless all others are of a window.
+    # The search starts at the last axis, and finds the input channels of (layers, out, in, height,
+    # width). The first axis may be layers, which have scales of their own, unless all other axes
+    # are a window.
     later = list(range(-1, -len(shape), -1))
     is_window = all(shape[axis] <= _LARGEST_WINDOW for axis in later)
     allowed = [*later, -len(shape)] if is_window else later
@@ -141,16 +143,17 @@ class QuantizationRule:
     """Which leaves are quantized, and how.
 
     Attributes:
-      group_size: Neighbours that share a scale, at most. An axis it does not divide is cut in
-        groups of its largest divisor below it; where that is less than a quarter of `group_size`
-        (a prime axis), the whole axis is one group.
-      axes: The axis along which each leaf is grouped: a tree of ints, None for a leaf that stays as
-        it is, or a function of the parameters that returns one. An entry may stand for a whole
-        subtree.
+      group_size: The largest number of neighbours that share a scale. If `group_size` does not
+        divide an axis, the axis is cut into groups of its largest divisor below `group_size`. If
+        this divisor is less than a quarter of `group_size`, as for a prime axis, the whole axis is
+        one group.
+      axes: The axis along which each leaf is grouped, as a tree of ints with None for a leaf that
+        is not quantized, or as a function of the parameters that returns such a tree. An entry may
+        stand for a whole subtree.
 
     Raises:
-      TypeError: `group_size` is not an int.
-      ValueError: `group_size` is not positive.
+      TypeError: If `group_size` is not an int.
+      ValueError: If `group_size` is not positive.
 
     Example:
       Everything but the output head, in groups of 64:
@@ -167,25 +170,25 @@ class QuantizationRule:
 
 
 def quantize(params: PyTree, rule: QuantizationRule | None = None) -> PyTree:
-    """Rounds weights to int8, to nearest, with one scale a group.
+    """Rounds weights to the nearest int8, with one scale for each group.
 
-    A group's largest magnitude becomes ±127. A group of zeros stays zero and can grow again. A
-    group that holds NaN or infinity becomes NaN, all of it.
+    The largest magnitude of a group becomes ±127. A group of zeros stays zero and can grow again. A
+    group that contains NaN or infinity becomes NaN as a whole.
 
     Args:
-      params: Parameters, bare or boxed. Leaves that are QArrays already stay as they are.
-      rule: Which leaves, in what groups; None means `QuantizationRule()`.
+      params: The parameters, bare or boxed. Leaves that are QArrays already do not change.
+      rule: The leaves that are quantized, and their groups. None means `QuantizationRule()`.
 
     Returns:
-      `params` with a QArray in place of each leaf that the rule selects: `qvalue` int8 in the
-      leaf's shape; `scale` float32 in that shape but for the grouped axis, which has the number of
-      groups. No group crosses another axis, so that indexing both arrays on a leading axis of
-      layers gives the layer's QArray. 1.03 bytes a parameter in groups of 128.
+      `params` with a QArray in place of each leaf that the rule selects. `qvalue` is int8 in the
+      leaf's shape. `scale` is float32 in the leaf's shape, except that the grouped axis has the
+      number of groups. No group crosses another axis, so that indexing both arrays on a leading
+      axis of layers gives the layer's QArray. In groups of 128, a parameter takes 1.03 bytes.
 
     Raises:
-      TypeError: The rule selects a leaf that is not real floating point, or gives an axis that is
-        not an int.
-      ValueError: The rule's axes do not fit the parameters.
+      TypeError: If the rule selects a leaf that is not real floating point, or gives an axis that
+        is not an int.
+      ValueError: If the axes of the rule do not fit the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -213,12 +216,12 @@ def dequantize(params: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyT
     """Returns `qvalue * scale` for every quantized leaf: the floats that gradients are taken for.
 
     Args:
-      params: Parameters, some of them QArrays.
-      dtype: Of the arrays that replace QArrays; None means the scale's, float32. Products are made
-        in the scale's dtype, then rounded.
+      params: The parameters, some of them QArrays.
+      dtype: The dtype of the arrays that replace QArrays. None means the dtype of the scale,
+        float32. The products are computed in the dtype of the scale, and then rounded.
 
     Returns:
-      `params` with an array in place of each QArray, other leaves as they are.
+      `params` with an array in place of each QArray. Other leaves do not change.
 
     Example:
       >>> import jax.numpy as jnp
@@ -256,39 +259,39 @@ def apply_updates(
       \text{scale} &\leftarrow \max |w| / 127 \\
       \text{qvalue} &\leftarrow \lfloor w / \text{scale} + u \rfloor, \quad u \sim U(0, 1)
 
-    so that `E[dequantize(result)] = w`. The scale follows from w alone, before the rounding, and
-    puts the largest weight on ±127 exactly: nothing is clipped, so nothing is biased, and the scale
-    does not wander. u has 16 bits, which leaves a bias of at most 2^-17 of a step, 2^-24 of the
-    group's largest weight: float32's own rounding of it.
+    Hence `E[dequantize(result)] = w`. The scale depends only on w before the rounding, and puts the
+    largest weight exactly on ±127. No weight is clipped, so that there is no bias and the scale
+    does not drift. u has 16 bits, which leaves a bias of at most 2^-17 of a step. A bias of this
+    size is 2^-24 of the group's largest weight, as much as float32 itself rounds.
 
-    - A group whose update is zero stays as it is, bit for bit.
-    - A group whose sum holds NaN or infinity becomes NaN, all of it, and stays NaN: a diverged step
-      is seen in the next loss.
+    - A group whose update is zero does not change, bit for bit.
+    - A group whose sum contains NaN or infinity becomes NaN as a whole and stays NaN. The next loss
+      then shows that the step diverged.
     - A group of zeros grows from its first update that is not zero. Steps are no finer than the
       smallest normal float32, 1.2e-38.
-    - A large weight makes the steps of its own group large, no others.
+    - A large weight makes the steps of its own group large, and of no other group.
 
-    Other leaves are those of `apollo_optax.apply_updates_stochastic`: bfloat16 and float16 rounded
-    stochastically, float32 added. There is no float copy of the parameters: compiled, a leaf's sum
-    is fused with its rounding.
+    Other leaves are updated as by `apollo_optax.apply_updates_stochastic`: bfloat16 and float16
+    leaves are rounded stochastically, and float32 leaves are added. Compiled, the sum of a leaf is
+    fused with its rounding, so that there is no float copy of the parameters.
 
     Args:
-      params: Parameters, some of them QArrays.
-      updates: Updates of the structure and shapes of `dequantize(params)`, floating point; a None
-        leaves its parameters as they are.
-      key: PRNG key, a new one every step. Each leaf folds in its path, so other leaves do not
-        matter to it. Not needed to round to nearest.
-      rounding: "nearest" rounds every leaf to nearest instead, which loses updates under half a
-        step: to compare with.
+      params: The parameters, some of them QArrays.
+      updates: The updates, floating point, with the structure and shapes of `dequantize(params)`. A
+        None leaves its parameter unchanged.
+      key: A PRNG key, a new one for every step. Each leaf folds its path into the key, so that
+        other leaves do not change its rounding. Rounding to nearest needs no key.
+      rounding: "stochastic", or "nearest" to round every leaf to nearest. Rounding to nearest loses
+        updates of less than half a step, and is there for comparisons.
 
     Returns:
       Parameters of the same structure, shapes and dtypes.
 
     Raises:
-      TypeError: A parameter of another dtype; a QArray of another kind than `quantize` makes; an
-        update that is a QArray.
-      ValueError: Updates of another structure or shape; another `rounding`; no key for stochastic
-        rounding.
+      TypeError: If a parameter has another dtype, if a QArray is of another kind than `quantize`
+        makes, or if an update is a QArray.
+      ValueError: If the updates have another structure or shape, if `rounding` has another value,
+        or if stochastic rounding gets no key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -321,7 +324,7 @@ def _is_quantized(node: Any) -> bool:
 
 
 def _groups_along(size: int, group_size: int) -> int:
-    """How many equal groups an axis is cut in."""
+    """Returns how many equal groups an axis is cut into."""
     divisor = max(d for d in range(1, min(size, group_size) + 1) if size % d == 0)
     return size // divisor if 4 * divisor >= group_size else 1
 
@@ -330,17 +333,17 @@ def _quantize_leaf(path: Path, leaf: Array, axis: int, rule: QuantizationRule) -
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             f"The rule quantizes {spell(path)}, which has dtype {leaf.dtype}; allowed are real "
-            f"floating dtypes. Give None as its axis to leave it as it is."
+            f"floating dtypes. To leave {spell(path)} unchanged, give None as its axis."
         )
     if not isinstance(axis, int):
         raise TypeError(
             f"The rule groups {spell(path)} along axis {axis!r} ({type(axis).__name__}); allowed "
-            f"are an int, and None to leave it as it is."
+            f"are an int, and None to leave {spell(path)} unchanged."
         )
     if not -leaf.ndim <= axis < leaf.ndim or 0 in leaf.shape:
         raise ValueError(
-            f"The rule groups {spell(path)} along axis {axis!r}, which its shape {leaf.shape} does "
-            f"not have or leaves empty. Give another axis, or None to leave it as it is."
+            f"The rule groups {spell(path)} along axis {axis!r}, but the shape {leaf.shape} has no "
+            f"such axis or is empty. Give another axis, or None to leave {spell(path)} unchanged."
         )
     scale_shape = list(leaf.shape)
     scale_shape[axis] = _groups_along(leaf.shape[axis], rule.group_size)
@@ -359,7 +362,7 @@ def _to_nearest(weights: Float[Array, "*leaf"], scale_shape: tuple[int, ...]) ->
 @functools.partial(_compiled, static_argnames="dtype")
 def _dequantize_leaf(leaf: QArray, dtype: jax.typing.DTypeLike) -> Float[Array, "*leaf"]:
     split_shape, entry_axes = _split(leaf.shape, leaf.scale.shape)
-    # Between the barriers the product is one fusion. XLA's TPU compiler would write a scale for
+    # The barriers make the product one fusion. Without them, XLA's TPU compiler writes a scale for
     # every weight to memory first, since it does not fuse across the reshapes.
     steps, scale = optimization_barrier(
         (leaf.qvalue.reshape(split_shape), jnp.expand_dims(leaf.scale, entry_axes))
@@ -371,7 +374,7 @@ def _dequantize_leaf(leaf: QArray, dtype: jax.typing.DTypeLike) -> Float[Array, 
 def _split(
     shape: tuple[int, ...], scale_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape that gives the entries of a group an axis of their own, and those axes."""
+    """Returns a shape with separate axes for the entries of groups, and these axes."""
     split_shape: list[int] = []
     entry_axes = []
     for size, groups in zip(shape, scale_shape, strict=True):
@@ -395,7 +398,7 @@ def _steps_of(
     else:
         lower = jnp.floor(steps)
         steps = lower + rounds_up(key, steps - lower)
-    # Only the error of the divisions can lead beyond the largest step.
+    # Only a rounding error of the division can exceed the largest step.
     steps = jnp.clip(steps, -_LARGEST_STEP, _LARGEST_STEP)
     return jnp.where(jnp.isnan(steps), 0, steps).astype(jnp.int8)
 
@@ -404,18 +407,18 @@ def _steps_of(
 def _add_to_quantized(
     param: QArray, update: Float[Array, "*leaf"], key: PRNGKeyArray | None
 ) -> QArray:
-    """Adds to a quantized leaf; rounds to nearest without a key."""
+    """Adds an update to a quantized leaf, rounded to nearest without a key."""
     split_shape, entry_axes = _split(param.shape, param.scale.shape)
-    # Nothing here starts before the update exists. XLA's TPU compiler would keep the copy of int8
-    # that it makes for the reshape in `dequantize`, until now.
+    # The barrier lets nothing here start before the update exists. Without it, XLA's TPU compiler
+    # keeps the int8 copy that it makes for the reshape in `dequantize` until here.
     qvalue, scale, update = optimization_barrier((param.qvalue, param.scale, update))
     operands = (
         qvalue.reshape(split_shape),
         jnp.expand_dims(scale, entry_axes),
         update.reshape(split_shape),
     )
-    # Between barriers each of two passes is one fusion that reads int8 and the update. XLA would
-    # keep the sum, 4 bytes a weight, from the first to the second.
+    # The barriers make each of the two passes one fusion that reads int8 and the update. Without
+    # them, XLA keeps the sum, 4 bytes per weight, from the first pass to the second.
     operands = optimization_barrier(operands)
     largest, largest_update = _largest_in_groups(
         _sum(*operands), operands[2].astype(jnp.float32), entry_axes
@@ -423,7 +426,7 @@ def _add_to_quantized(
     operands, largest, largest_update = optimization_barrier((operands, largest, largest_update))
     new_scale = _scale_for(largest)
     new_steps = _steps_of(_sum(*operands), new_scale, key)
-    # A step times the scale, divided by the scale, need not be the step again.
+    # A step that is multiplied and divided by the scale may not be the same step.
     is_still = largest_update == 0
     steps = jnp.where(is_still, operands[0], new_steps)
     scale = jnp.where(is_still, operands[1], new_scale)
@@ -435,9 +438,10 @@ def _add_to_quantized(
 def _largest_in_groups(
     x: Float[Array, "*split"], y: Float[Array, "*split"], entry_axes: tuple[int, ...]
 ) -> tuple[Float[Array, "*groups"], Float[Array, "*groups"]]:
-    """The largest magnitudes of each group of two arrays.
+    """Returns the largest magnitudes of each group of two arrays.
 
-    One reduction of both: XLA's GPU compiler would transpose the operand of a single one in memory.
+    One reduction takes both arrays. XLA's GPU compiler would transpose the operand of a reduction
+    of one array in memory.
     """
 
     def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -465,7 +469,7 @@ def _require_trainable(path: Path, param: QArray, update: Any) -> None:
         )
     if _is_quantized(update):
         raise TypeError(
-            f"The update of {spell(path)} is a QArray; take gradients and updates for "
-            f"dequantize(params)."
+            f"The update of {spell(path)} is a QArray; take gradients with respect to "
+            f"dequantize(params), and update these."
         )
     require_shape_of_parameter(path, update, param.shape)

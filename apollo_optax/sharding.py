@@ -1,7 +1,7 @@
-"""The shardings of an optimizer state that follow from the parameters'.
+"""The shardings of an optimizer state that follow from the shardings of the parameters.
 
-A state follows its parameters: moments in a parameter's shape have its sharding; APOLLO's low-rank
-moments keep that of the batch and channel axes. Pass the result where a state is made or restored:
+Moments in the shape of a parameter have the parameter's sharding. APOLLO's low-rank moments keep
+the sharding of the batch and channel axes. Pass the result where a state is made or restored:
 
     shardings = state_shardings(tx, params)
     state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -26,28 +26,29 @@ def state_shardings(
 ) -> PyTree:
     """Returns the sharding of every leaf of `tx.init(params)`.
 
-    Found by tracing `tx.init` with the parameters' shardings in their types, so that it holds for
-    every transformation: what `init` makes like a parameter lies like it. Of APOLLO's state,
-    batch and channel axes keep their sharding and the rank axis is whole; mesh axes that the
-    projected side is sharded over divide the channels further where their number allows it, so that
-    no device holds numbers that another has too. Counts, keys and whatever `init` makes otherwise
-    are replicated. Nothing is run.
+    The function traces `tx.init` with the parameters' shardings in their types, so that it works
+    for every transformation. Nothing runs. An array that `init` makes like a parameter gets the
+    parameter's sharding. Counts, keys and other arrays are replicated.
+
+    In APOLLO's state, batch and channel axes keep their sharding, and the rank axis is not sharded.
+    A mesh axis that shards the projected side shards the channels instead, if the sizes divide
+    evenly, so that the moments are not replicated.
 
     Args:
       tx: Any Optax transformation.
-      params: Arrays or ShapeDtypeStructs, bare or boxed (Flax Linen's `Partitioned`, NNX's
-        variables).
-      shardings: NamedShardings of the parameters, in a tree with as many leaves in the same order,
-        such as Linen's `get_sharding` and NNX's `get_named_sharding` return for boxed parameters;
-        None to take those that `params` have.
+      params: The parameters, as arrays or ShapeDtypeStructs, bare or boxed (Flax Linen's
+        `Partitioned`, NNX's variables).
+      shardings: The NamedShardings of the parameters, in a tree with as many leaves in the same
+        order. Linen's `get_sharding` and NNX's `get_named_sharding` return such trees for boxed
+        parameters. None means the shardings that `params` have.
 
     Returns:
-      A tree of `tx.init(params)`'s structure with a NamedSharding in place of each array: for
-      `jax.jit(..., out_shardings=...)`, `jax.device_put` and the restoring of checkpoints.
+      A tree with the structure of `tx.init(params)` and a NamedSharding in place of each array, for
+      `jax.jit(..., out_shardings=...)`, `jax.device_put` and restoring checkpoints.
 
     Raises:
-      ValueError: A parameter without a NamedSharding, shardings over different meshes, or another
-        number of shardings than of parameters.
+      ValueError: If a parameter has no NamedSharding, if shardings are over different meshes, or if
+        the numbers of shardings and of parameters differ.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -68,18 +69,18 @@ def shardings_of(
 ) -> PyTree:
     """Returns the sharding of every leaf of `make(params)`, such as a whole training state.
 
-    What `state_shardings` does for `make=tx.init`, whose arguments, result and errors it shares.
+    `state_shardings` is this function with `make=tx.init`.
 
     Args:
-      make: Makes a tree of arrays of the parameters; traced, not run.
-      params: As for `state_shardings`.
-      shardings: As for `state_shardings`.
+      make: A function of the parameters that returns a tree of arrays, which is traced and not run.
+      params: As in `state_shardings`.
+      shardings: As in `state_shardings`.
 
     Returns:
-      A tree of the structure of `make(params)` with a NamedSharding in place of each array.
+      A tree with the structure of `make(params)` and a NamedSharding in place of each array.
 
     Raises:
-      ValueError: As `state_shardings`.
+      ValueError: As in `state_shardings`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -103,8 +104,8 @@ def _shardings_of(named: list[tuple[Path, Any]], shardings: PyTree | None) -> li
         given = jax.tree.leaves(shardings)
     if len(given) != len(named) or not named:
         raise ValueError(
-            f"There are {len(given)} shardings and {len(named)} parameters; give a NamedSharding "
-            f"for each parameter, and at least one parameter."
+            f"There are {len(given)} shardings and {len(named)} parameters; give at least one "
+            f"parameter, and a NamedSharding for each."
         )
     found: list[NamedSharding] = []
     for (path, _), sharding in zip(named, given, strict=True):

@@ -4,7 +4,7 @@
     python -m examples.minimal
 
 takes about a minute on two CPU cores. The model predicts the next byte. Ctrl-C stops a run, and the
-same command goes on from its last checkpoint; a larger `--steps` goes on from the end.
+same command continues from the last checkpoint. A larger `--steps` continues a run that has ended.
 """
 
 import argparse
@@ -38,7 +38,7 @@ REPORT_EVERY, SAVE_EVERY = 20, 100
 
 
 def read_library() -> tuple[UInt8[np.ndarray, " bytes"], UInt8[np.ndarray, " bytes"]]:
-    """The bytes of the standard library's modules: those to train on, and those held out."""
+    """Returns the bytes of the standard library to train on, and the bytes that are held out."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"))
     held_out = files[::20]
     training = [path for path in files if path not in held_out]
@@ -52,21 +52,21 @@ def read_library() -> tuple[UInt8[np.ndarray, " bytes"], UInt8[np.ndarray, " byt
 def batches(
     text: UInt8[np.ndarray, " bytes"], seed: int, start: int = 0
 ) -> Iterator[UInt8[Array, "batch sequence_and_next"]]:
-    """Random pieces of the text, from batch number `start` on.
+    """Yields random pieces of the text, from batch number `start` on.
 
-    The seed and its number determine a batch, so a resumed run reads what the other would have.
+    A batch depends only on the seed and the batch number, so a resumed run reads the same batches.
     """
     for number in itertools.count(start):
         places = np.random.default_rng((seed, number)).integers(len(text) - SEQUENCE, size=BATCH)
         yield jnp.asarray(text[places[:, None] + np.arange(SEQUENCE + 1)])
 
 
-# The model. `transformer_dimension_numbers` goes by the names: the kernels of `query`, `key`,
-# `value`, `out`, `up` and `down` are matrices; `embed`, `head` and the norms are left to Adam.
+# The model. `transformer_dimension_numbers` goes by names: the kernels of `query`, `key`, `value`,
+# `out`, `up` and `down` are matrices. `embed`, `head` and the norms are left to Adam.
 
 
 class Block(nnx.Module):
-    """Attention to the bytes before, and a perceptron."""
+    """Attention to the previous bytes, and a perceptron."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.attention_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
@@ -80,13 +80,13 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch sequence width"], mask: Float[Array, "batch 1 query key"]
     ) -> Float[Array, "batch sequence width"]:
-        """Adds what attention and perceptron make of `x`."""
+        """Adds the results of attention and perceptron to `x`."""
         x = x + self.attention(self.attention_norm(x), mask=mask)
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
 
 class Transformer(nnx.Module):
-    """A decoder that predicts the next byte at every place of a sequence."""
+    """A decoder that predicts the next byte at every position of a sequence."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: UInt8[Array, "batch sequence"]
     ) -> Float[Array, "batch sequence vocabulary"]:
-        """The logits of the byte that follows each token."""
+        """Returns the logits of the byte that follows each token."""
         x = self.embed(tokens) + self.position_embed(jnp.arange(tokens.shape[1]))[None]
         mask = nnx.make_causal_mask(tokens)
         for block in self.blocks:
@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
 
 
 def loss_of(model: Transformer, batch: UInt8[Array, "batch sequence_and_next"]) -> Float[Array, ""]:
-    """Mean cross-entropy of the next byte, in nats."""
+    """Returns the mean cross-entropy of the next byte, in nats."""
     logits, targets = model(batch[:, :-1]), batch[:, 1:].astype(jnp.int32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
@@ -119,7 +119,7 @@ def loss_of(model: Transformer, batch: UInt8[Array, "batch sequence_and_next"]) 
 def train_step(
     model: Transformer, optimizer: nnx.Optimizer, batch: UInt8[Array, "batch sequence_and_next"]
 ) -> Float[Array, ""]:
-    """Updates model and optimizer in place; returns the loss before the update."""
+    """Updates the model and the optimizer in place, and returns the loss before the update."""
     loss, grads = nnx.value_and_grad(loss_of)(model, batch)
     optimizer.update(model, grads)
     return loss
@@ -129,12 +129,12 @@ evaluate = nnx.jit(loss_of)
 
 
 def count(tree: object) -> int:
-    """The numbers in the arrays of a tree."""
+    """Returns the count of numbers in the arrays of a tree."""
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def train(steps: int, folder: Path) -> float:
-    """Trains until `steps` updates are made, from the folder's last checkpoint if there is one.
+    """Trains for `steps` updates in all, from the last checkpoint in the folder if there is one.
 
     Returns:
       The validation loss at the end.
@@ -150,14 +150,14 @@ def train(steps: int, folder: Path) -> float:
     )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     weights, kept = count(nnx.state(model)), count(nnx.state(optimizer))
-    print(f"{weights:,} weights; the optimizer keeps {kept:,} numbers, Adam {2 * weights:,}")
+    print(f"{weights:,} weights; the optimizer keeps {kept:,} numbers, Adam keeps {2 * weights:,}")
 
     with ocp.CheckpointManager(folder.absolute()) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
             like = ocp.args.StandardRestore(nnx.state((model, optimizer)))
             nnx.update((model, optimizer), checkpoints.restore(start, args=like))
-            print(f"goes on from {folder} after step {start}")
+            print(f"continues from step {start} of the run in {folder}")
 
         began = time.perf_counter()
         numbers = range(start + 1, steps + 1)
@@ -179,8 +179,10 @@ def train(steps: int, folder: Path) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="updates in all")
-    parser.add_argument("--folder", type=Path, default=Path("runs/minimal"), help="of checkpoints")
+    parser.add_argument("--steps", type=int, default=400, help="number of updates of the whole run")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/minimal"), help="folder of the checkpoints"
+    )
     train(**vars(parser.parse_args(arguments)))
 
 

@@ -1,1 +1,1 @@
-"""Which axes of each parameter make a matrix: read off the model, or said by rules; and a table."""
+"""Dimension numbers, read off a model or given by rules, and a table of the optimizer state."""

@@ -1,4 +1,4 @@
-"""A table of what an optimizer keeps for each parameter, before it does."""
+"""A table of what an optimizer will keep for each parameter."""
 
 import html
 import math
@@ -24,19 +24,19 @@ from apollo_optax.dimension_numbers._infer import (
 
 
 class Row(NamedTuple):
-    """A parameter, or parameters of several layers that differ in the numbers of their path only.
+    """A parameter, or parameters of several layers whose paths differ only in numbers.
 
     Attributes:
-      path: Its path; "*" for numbers that differ.
-      copies: How many of them.
-      shape: Of each.
-      kind: "matrix", "vocabulary", "elementwise" or "unknown"; "" where neither the model nor
+      path: The path, with "*" for numbers that differ.
+      copies: The number of parameters.
+      shape: The shape of each parameter.
+      kind: "matrix", "vocabulary", "elementwise" or "unknown", and "" if neither the model nor the
         specifications say it.
-      axes: Its axes as a matrix.
-      reason: What the model does with it.
-      state_numbers: Numbers of optimizer state of them all.
-      state_bytes: Their bytes.
-      over_adamw: Their bytes over those of AdamW's float32 moments.
+      axes: The axes of the parameter as a matrix.
+      reason: What the model does with the parameter.
+      state_numbers: The count of numbers in the optimizer state of all copies.
+      state_bytes: The bytes of the optimizer state of all copies.
+      over_adamw: `state_bytes`, divided by the bytes of AdamW's float32 moments.
     """
 
     path: str
@@ -51,14 +51,15 @@ class Row(NamedTuple):
 
 
 class Description(Sequence[Row]):
-    """Rows that print as a table, here and in a notebook.
+    """Rows that print as a table, on a terminal and in a notebook.
 
     Attributes:
-      rows: One for each parameter, equal layers folded into one.
-      rest_bytes: State that belongs to no parameter: counts and keys.
-      state_bytes: All state.
-      over_adamw: All state over AdamW's float32 moments of all parameters.
-      remarks: What is not placed, or keeps full-size state without being a vocabulary.
+      rows: The rows, one for each parameter. Equal layers share a row.
+      rest_bytes: The bytes of state that belongs to no parameter, such as counts and keys.
+      state_bytes: The bytes of all state.
+      over_adamw: The bytes of all state, divided by those of AdamW's float32 moments.
+      remarks: Sentences on parameters that could not be placed, and on those that keep full-size
+        state without being vocabularies.
     """
 
     def __init__(self, rows: list[Row], rest_bytes: int) -> None:
@@ -123,26 +124,28 @@ def describe(
     *inputs: Any,
     rank: int | None = None,
 ) -> Description:
-    """Shows what an optimizer keeps for each parameter, before it does.
+    """Shows what an optimizer will keep for each parameter.
 
     Nothing is allocated: the state is that of `jax.eval_shape(optimizer.init, params)`.
 
     Args:
-      params: Parameters, bare or boxed; arrays or ShapeDtypeStructs. Other leaves, Python's numbers
-        among them, are left out.
-      optimizer: Any Optax optimizer; or specifications, as `weight_dimension_numbers` takes them,
-        for the state that `scale_by_apollo` keeps with them.
-      forward: The model, as `infer_dimension_numbers` takes it, for the kind and the axes of each
-        parameter and the reasons. Without it they are those of the specifications.
-      *inputs: All that `forward` takes behind the parameters.
-      rank: With specifications, the rank; None for that of APOLLO-Mini, 1.
+      params: The parameters, bare or boxed, as arrays or ShapeDtypeStructs. Other leaves, such as
+        Python's numbers, are left out.
+      optimizer: Any Optax optimizer. Or specifications, as `weight_dimension_numbers` takes them,
+        to show the state that `scale_by_apollo` keeps with them.
+      forward: The model, as `infer_dimension_numbers` takes it. With the model, the rows have the
+        kind and the axes of each parameter and the reason for them. Without the model, kinds and
+        axes are those of the specifications.
+      *inputs: The arguments of `forward` after the parameters.
+      rank: The rank, with specifications. None means 1, the rank of APOLLO-Mini.
 
     Returns:
-      A sequence of rows. `str` is a table, and a notebook shows one. `remarks` names the parameters
-      that could not be placed, and those that keep full-size state without being vocabularies.
+      A sequence of rows. `str` returns the table, and a notebook shows it. `remarks` names the
+      parameters that could not be placed, and those that keep full-size state without being
+      vocabularies.
 
     Raises:
-      TypeError: `rank` beside an optimizer.
+      TypeError: If `rank` is given with an optimizer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -158,7 +161,8 @@ def describe(
     is_optimizer = hasattr(optimizer, "init") and hasattr(optimizer, "update")
     if is_optimizer and rank is not None:
         raise TypeError(
-            f"rank={rank!r} goes with specifications; an optimizer has its own, leave it out."
+            f"rank={rank!r} is only for specifications; an optimizer has its own rank, so leave "
+            f"rank out."
         )
     arrays = jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, params)
     named = [(path, leaf) for path, leaf in named_leaves(params)[0] if _is_array(leaf)]
@@ -218,10 +222,10 @@ def _axes(axes: MatrixAxes | None) -> str:
 def _state_of_each(
     state: PyTree, params: dict[Path, Any]
 ) -> tuple[dict[Path, list[Any]], list[Any]]:
-    """The arrays of the state that belong to each parameter, and the rest.
+    """Returns the arrays of the state that belong to each parameter, and the rest.
 
-    An array belongs to the parameter in whose path its own ends, with or without its numbers: a
-    wrapper may have taken the layers of a stacked leaf apart.
+    An array belongs to the parameter with whose path the array's own path ends. Numbers in the path
+    may be left out, since a wrapper may have taken the layers of a stacked leaf apart.
     """
     of_each: dict[Path, list[Any]] = {path: [] for path in params}
     rest: list[Any] = []
@@ -252,7 +256,7 @@ def _remarks(rows: list[Row]) -> list[str]:
     if full:
         remarks.append(
             f"{', '.join(row.path for row in full)}: {sum(row.state_bytes for row in full):,} "
-            f"bytes, as many as with Adam: they are not projected, or the rank is not below their "
-            f"smaller side."
+            f"bytes, as many as with Adam: these parameters are not projected, or the rank is not "
+            f"below their smaller side."
         )
     return remarks

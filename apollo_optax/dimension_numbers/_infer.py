@@ -1,4 +1,4 @@
-"""Places every parameter of a model by what its forward function does with it."""
+"""Places every parameter of a model by what the forward function does with the parameter."""
 
 import math
 import re
@@ -26,8 +26,8 @@ class Placement(NamedTuple):
     Attributes:
       kind: "matrix", "vocabulary" (embedding tables and output heads), "elementwise" (norms,
         biases, gates) or "unknown".
-      reason: What the model does with it; of an unknown one, why that could not be told.
-      spec: Its matrix axes, of vocabularies too; None where it has none.
+      reason: What the model does with the parameter, or why that is unknown.
+      spec: The axes that make a matrix, also for vocabularies, or None if there are none.
     """
 
     kind: str
@@ -44,39 +44,41 @@ def infer_dimension_numbers(
 ) -> PyTree:
     """Reads off a model which axes of each parameter make a matrix.
 
-    Traces `forward(params, *inputs)` on shapes, for any framework; nothing runs, and no name
-    matters. A parameter's axes are
+    The function traces `forward(params, *inputs)` on shapes, for any framework. Nothing runs, and
+    names do not matter. The axes of a parameter are
 
-    - reduction axes, where a product contracts them with activations,
-    - batch axes, where a product or a scan runs over them: layers, experts,
-    - output axes, all others.
+    - reduction axes, if a product contracts them with activations,
+    - batch axes, if a product or a scan runs over them, such as layers and experts,
+    - output axes otherwise.
 
-    Of a convolution the features out are the output axis, all others reduction axes. Left to Adam
-    are embedding tables (looked up by inputs), output heads (no other parameter's product follows
-    theirs), and parameters that are only added or multiplied entry by entry.
+    In a convolution, the output features are the output axis, and all others are reduction axes.
+    Three kinds of parameters are left to Adam: embedding tables, which inputs look up; output
+    heads, whose products no other parameter's product follows; and parameters that are only added
+    or multiplied entry by entry.
 
-    What the model does not tell falls back to `transformer_dimension_numbers`, with one warning: a
-    parameter that goes into an opaque kernel, is used in contradicting ways, or has an axis that is
-    split between roles. `describe` shows the reason for every parameter.
+    If a parameter goes into an opaque kernel, is used in contradicting ways, or has an axis that is
+    split between roles, the model does not say what its axes are. Such parameters fall back to
+    `transformer_dimension_numbers`, with one warning. `describe` shows the reason for every
+    parameter.
 
     Args:
-      forward: The model's forward function, or its loss. It may return logits, a loss, or several
-        results.
-      params: Its parameters: arrays or ShapeDtypeStructs; other leaves are passed on as they are.
-      *inputs: All that `forward` takes behind the parameters; arrays or ShapeDtypeStructs. Others,
-        Python's numbers among them, are passed on as they are.
-      project_embeddings: Make matrices of embedding tables and output heads too. Beyond the paper:
-        no full-size moments are left in the optimizer state.
-      specification: Makes an entry from `reduction_axis` and `output_axis`:
-        `optax.contrib.MuonDimensionNumbers` or `optax.contrib.GaLoreDimensionNumbers` for these.
+      forward: The model's forward function or its loss function, which may return logits, a loss,
+        or several results.
+      params: The parameters, as arrays or ShapeDtypeStructs. Other leaves are passed unchanged.
+      *inputs: The arguments of `forward` after the parameters, as arrays or ShapeDtypeStructs.
+        Others, such as Python's numbers, are passed unchanged.
+      project_embeddings: Whether to make matrices of embedding tables and output heads too. The
+        paper does not. The optimizer state then has no full-size moments of them.
+      specification: The type of an entry, which takes `reduction_axis` and `output_axis`, such as
+        `optax.contrib.MuonDimensionNumbers` or `optax.contrib.GaLoreDimensionNumbers`.
 
     Returns:
-      A tree of `params`' structure with specifications, or None for a leaf left to Adam. Pass it as
-      `weight_dimension_numbers`.
+      A tree of `params`' structure with specifications, or None for a leaf left to Adam. Pass this
+      tree as `weight_dimension_numbers`.
 
     Raises:
-      TypeError: `forward` cannot be called.
-      ValueError: `forward` returns no array.
+      TypeError: If `forward` cannot be called.
+      ValueError: If `forward` returns no array.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -119,7 +121,7 @@ def infer_dimension_numbers(
 
 
 def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> list[Placement]:
-    """What each leaf of `params` is, in their order."""
+    """Returns what each leaf of `params` is, in their order."""
     require_callable("forward", forward, "(params, *inputs)")
     leaves, treedef = jax.tree.flatten((params, inputs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
@@ -134,8 +136,8 @@ def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> lis
     jaxpr = jax.make_jaxpr(call)(*arrays).jaxpr
     if not jaxpr.outvars:
         raise ValueError(
-            f"forward returned no array; it must return logits, a loss or several arrays, got "
-            f"{forward!r}."
+            f"forward returned no array, got {forward!r}; a forward function must return logits, a "
+            f"loss or several arrays."
         )
     count = len(jax.tree.leaves(params))
     shapes = [tuple(leaf.shape) if a else () for leaf, a in zip(leaves, is_array, strict=True)]
@@ -144,12 +146,12 @@ def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> lis
         for index, leaf in enumerate(leaves)
         if is_array[index]
     ]
-    # Randomness does not make an activation of what it is added to.
+    # Random numbers that are added to a parameter do not make an activation of the sum.
     values = [
         Value() if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else value
         for value, array in zip(values, arrays, strict=True)
     ]
-    # Without inputs, they are among the constants.
+    # If `inputs` is empty, the inputs are among the constants.
     facts = Facts(shapes[:count], Value(data=len(arrays) == sum(is_array[:count])))
     results = _trace.interpret(facts, jaxpr, values)
     heads = _heads(facts, results)
@@ -157,9 +159,10 @@ def placements(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> lis
 
 
 def _heads(facts: Facts, results: list[Value]) -> set[int]:
-    """Parameters whose products reach the results with no other parameter's product behind them.
+    """Finds parameters whose products reach the results without another parameter's product.
 
-    The last of a residual stream's branches is none: what it is added to is other layers'.
+    The last branch of a residual stream is no head, since it is added to the results of other
+    layers.
     """
     heads = {leaf for value in results for leaf in value.last} - facts.followed
     for one, other in facts.sums:
@@ -189,7 +192,7 @@ def _place(facts: Facts, leaf: int, is_head: bool, is_array: bool) -> Placement:
 
 
 def _matrix(facts: Facts, leaf: int) -> Placement:
-    """The parameter as the matrix that its products say it is."""
+    """Places the parameter as a matrix, as its products say."""
     uses = facts.uses.get(leaf, {})
     if not uses:
         if leaf in facts.lost:
@@ -206,7 +209,7 @@ def _matrix(facts: Facts, leaf: int) -> Placement:
                 )
         one = [role for (role,) in of_axes]
         if roles and any({a, b} == {REDUCTION, OUTPUT} for a, b in zip(roles, one, strict=True)):
-            # As in a tied autoencoder: the same sides, the other way round.
+            # A tied autoencoder uses the same two sides, the other way round.
             swap = {REDUCTION: OUTPUT, OUTPUT: REDUCTION, BATCH: BATCH}
             one = [swap[role] for role in one]
         both = list(zip(roles or one, one, strict=True))
@@ -249,8 +252,8 @@ def _warn_of_unknown(unknown: list[tuple[Path, Any, str]], by_name: dict[Path, A
     ]
     more = f" and {len(said) - 3} more" if len(said) > 3 else ""
     warnings.warn(
-        f"The model does not tell which axes make a matrix of {', '.join(said[:3])}{more}. Set "
-        f"their entries of the returned tree, to ApolloDimensionNumbers or to None for Adam, or "
-        f"say them with dimension_numbers_from_rules.",
+        f"The model does not tell which axes make a matrix of {', '.join(said[:3])}{more}. In the "
+        f"returned tree, set their entries to ApolloDimensionNumbers, or to None for Adam. Or give "
+        f"their axes with dimension_numbers_from_rules.",
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""Dimension numbers said by regular expressions of the parameters' names."""
+"""Dimension numbers given by regular expressions for the parameters' names."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,22 +13,23 @@ from apollo_optax._paths import Path, named_arrays, spell
 
 
 def dimension_numbers_from_rules(rules: Sequence[tuple[str, Any]]) -> Callable[[PyTree], PyTree]:
-    """Says by names which axes of each parameter make a matrix.
+    """Makes rules that say by names which axes of each parameter make a matrix.
 
     Args:
-      rules: Pairs of a regular expression and a specification: `ApolloDimensionNumbers`, Muon's or
-        GaLore's, or None for a leaf left to Adam. A leaf gets that of the first expression that is
-        found anywhere in its path, whose names are joined by "/". Leaves with fewer than two axes
-        are left to Adam.
+      rules: Pairs of a regular expression and a specification. A specification is an
+        `ApolloDimensionNumbers`, Muon's or GaLore's dimension numbers, or None for a leaf left to
+        Adam. The path of a leaf is its names joined by "/". The first expression that is found
+        anywhere in the path gives the specification. Leaves with fewer than two axes are left to
+        Adam.
 
     Returns:
-      A function of the parameters that returns the tree of their specifications. Pass it as
-      `weight_dimension_numbers`. It raises ValueError if a specification does not fit the shape of
-      a leaf, and if no expression is found for a leaf with two or more axes.
+      A function of the parameters that returns the tree of their specifications. Pass this function
+      as `weight_dimension_numbers`. The function raises ValueError if a specification does not fit
+      the shape of a leaf, or if no expression is found for a leaf with two or more axes.
 
     Raises:
-      TypeError: A rule that is not such a pair.
-      ValueError: An expression that is not valid.
+      TypeError: If a rule is not such a pair.
+      ValueError: If an expression is not a valid regular expression.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,8 +66,8 @@ def dimension_numbers_from_rules(rules: Sequence[tuple[str, Any]]) -> Callable[[
             more = f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else ""
             raise ValueError(
                 f"No rule for {', '.join(unmatched[:5])}{more}; the expressions are "
-                f"{[pattern.pattern for pattern, _ in compiled]}. Add a rule for them; a last rule "
-                f'("", None) leaves to Adam what no other names.'
+                f"{[pattern.pattern for pattern, _ in compiled]}. Add a rule for these leaves. A "
+                f'last rule ("", None) leaves all other leaves to Adam.'
             )
         return jax.tree.unflatten(treedef, specs)
 

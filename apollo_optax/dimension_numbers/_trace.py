@@ -1,11 +1,11 @@
 """Reads off a traced model which axes of each parameter make a matrix.
 
-The jaxpr of the forward function is interpreted with a `Value` in place of every array. It says
-which parameters an array still is (seen through casts, transposes, reshapes, slices, scans), so
-that a product with it says what the parameter's axes are for. Nothing runs.
+The jaxpr of the forward function is interpreted with a `Value` in place of every array. A `Value`
+says which parameters an array still is, through casts, transposes, reshapes, slices and scans. A
+product with the array then says what the parameter's axes are for. Nothing runs.
 
-A rule of a primitive takes the facts gathered so far, the equation and the values of its operands,
-and returns those of its results. `_RULES`, at the end, has all of them.
+The rule of a primitive takes the facts gathered so far, the equation and the values of its
+operands, and returns the values of its results. `_RULES`, at the end, has all rules.
 """
 
 import math
@@ -89,7 +89,7 @@ def _elementwise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
     terms = values[1:] if name == "select_n" else values
     views: dict[Any, View] = {}
     if not varying and any(value.of(IS) for value in terms):
-        # A scale that comes with the inputs does not make a weight an activation.
+        # A weight that is multiplied by a scale from the inputs is still a weight.
         result = result._replace(data=False)
         views |= _fullest(merged_views(facts, (value.of(IS) for value in terms), IS))
     if all(value.of(LOOKED_UP) for value in varying):
@@ -114,7 +114,7 @@ def _elementwise(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
 
 
 def _fullest(views: dict[Any, View]) -> dict[Any, View]:
-    """The parameters with most of the array's axes: a weight, and not what scales it."""
+    """Keeps the parameters with most of the array's axes: the weight, and not its scale."""
     axes = {key: sum(map(is_mapped, view.axes)) for key, view in views.items()}
     return {key: view for key, view in views.items() if axes[key] == max(axes.values())}
 
@@ -202,7 +202,7 @@ def _iota(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _looked_up(facts: Facts, value: Value, axes: Iterable[int]) -> Value:
-    """The inputs choose along these axes of the array."""
+    """Notes that the inputs choose along these axes of the array."""
     for kind in (IS, LOOKED_UP):
         for leaf, view in value.of(kind).items():
             along = set().union(*(axes_of(view.axes[axis]) for axis in axes))
@@ -265,7 +265,7 @@ def _is_weight(value: Value) -> bool:
 
 
 def _is_repeated(value: Value) -> bool:
-    """Whether axes that no parameter has are in it: one for each example, as activations have."""
+    """Whether the value has axes that no parameter has, such as examples, as activations do."""
     return not any(
         all(is_mapped(factors) or math.prod(f.size for f in factors) == 1 for factors in view.axes)
         for view in value.of(IS).values()
@@ -281,15 +281,15 @@ def _product(
     shape: tuple[int, ...],
     what: str,
 ) -> Value:
-    """A product of two values.
+    """Returns the product of two values.
 
     Args:
-      facts: Is added to.
+      facts: The facts, to which the product adds.
       values: The operands.
       roles: What the product does with the axes of each operand.
-      sources: The axes of the operands that each axis of the result is.
+      sources: The axes of the operands that each axis of the result comes from.
       paired: The axes of the operands that the product runs over together, contracted or not.
-      shape: Of the result.
+      shape: The shape of the result.
       what: The kind of product.
     """
     weight = [_is_weight(value) for value in values]
@@ -405,7 +405,7 @@ def _convolution(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value
     return [_product(facts, values, [unknown, roles], sources, [], shape, what)]
 
 
-# What calls other functions.
+# Primitives that call other functions.
 
 
 def _call(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
@@ -429,7 +429,7 @@ def _cond(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _settled(before: Value, after: Value) -> Value:
-    """What holds before and after a turn of a loop."""
+    """Returns what holds both before and after an iteration of a loop."""
     mixed = mixture((before, after))
     views = {
         key: view
@@ -442,7 +442,7 @@ def _settled(before: Value, after: Value) -> Value:
 def _repeated(
     facts: Facts, carry: list[Value], turn: Callable[[Facts, list[Value]], list[Value]]
 ) -> list[Value]:
-    """What holds in every turn of a loop; nothing is noted before that is settled."""
+    """Returns what holds in every iteration of a loop; facts are noted only after that."""
     while True:
         after = turn(Facts(facts.shapes, facts.constant), carry)
         settled = [_settled(a, b) for a, b in zip(carry, after, strict=False)]
@@ -455,8 +455,8 @@ def _repeated(
 
 def _scan(facts: Facts, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     body = eqn.params["jaxpr"].jaxpr
-    # What is scanned has an axis more outside. (The parameters that count it differ among JAX's
-    # versions.)
+    # Scanned arrays have one more axis outside. (The parameters with their counts differ among
+    # versions of JAX.)
     row_count, carry_count = (
         sum(
             (len(shape_of(a)) == len(shape_of(b))) == same

@@ -1,8 +1,8 @@
 """What is known of an array while a model is traced: which parameters it is, and along which axes.
 
-A `Value` stands for an array. Its views say which parameters are in it, and which axes of theirs
-each of its axes is; the functions below say what a change of shape does to them. `Facts` gathers
-what the products of the model say of the parameters.
+A `Value` stands for an array. Its views say which parameters are in the array, and which axes of
+these parameters each axis of the array is. The functions below say what a change of shape does to
+the views. `Facts` gathers what the products of the model say about the parameters.
 """
 
 import math
@@ -16,7 +16,7 @@ Roles = tuple[frozenset[str], ...]
 
 
 class Factor(NamedTuple):
-    """A part of an axis: the axes of the parameter that run along it, none if it has no such."""
+    """A part of an axis, and the axes of the parameter that run along this part, if any."""
 
     axes: tuple[int, ...]
     size: int
@@ -27,7 +27,7 @@ class View(NamedTuple):
 
     Attributes:
       axes: The factors of each axis.
-      batch: Axes of the parameter that are gone: scanned over, indexed or looked up.
+      batch: The axes of the parameter that are scanned over, indexed or looked up.
     """
 
     axes: tuple[tuple[Factor, ...], ...]
@@ -35,7 +35,7 @@ class View(NamedTuple):
 
 
 # How an array can contain a parameter, or be marked.
-IS = "is"  # the parameter itself; nothing of the inputs is in it
+IS = "is"  # the parameter itself, without inputs
 LOOKED_UP = "looked up"  # its rows, chosen by the inputs
 PRODUCT = "product"  # a product with it; the axes are those of the product's outputs
 SPREAD, ONE_HOT = ("spread", -1), ("one hot", -1)  # marks: constant, or one-hot, along the axis
@@ -45,9 +45,9 @@ class Value(NamedTuple):
     """What is known of an array.
 
     Attributes:
-      views: From (kind, index of the parameter), or a mark, to the view.
-      data: Whether inputs are in it.
-      last: The parameters of whose products it is made, with no other product in between.
+      views: The views, by (kind, index of the parameter) or by mark.
+      data: Whether the array depends on inputs.
+      last: The parameters whose products the array is made of, without another product in between.
     """
 
     views: Mapping[tuple[str, int], View] = {}
@@ -64,15 +64,15 @@ class Facts:
     """What the interpretation has found out about the parameters, by their index.
 
     Attributes:
-      shapes: Of the parameters.
+      shapes: The shapes of the parameters.
       constant: The value of constants.
-      uses: The roles of a parameter's axes in its products, and what kind of product said so.
+      uses: The roles of a parameter's axes in its products, and the kind of product for each.
       looked_up: The axes along which the inputs choose rows of a parameter.
-      selected: Parameters of which the inputs choose matrices, to be multiplied.
-      apart: Axes that are taken apart, or are a batch axis, behind a product.
-      followed: Parameters with another parameter's product behind theirs.
+      selected: The parameters of which the inputs choose matrices for a product.
+      apart: The axes that are taken apart, or are a batch axis, after a product.
+      followed: The parameters whose products are followed by another parameter's product.
       sums: The `last` of both terms of every sum.
-      entrywise: Parameters that are added or multiplied entry by entry.
+      entrywise: The parameters that are added or multiplied entry by entry.
       lost: Why a parameter could not be followed further.
     """
 
@@ -100,7 +100,7 @@ class Facts:
         self.uses.setdefault(leaf, {}).setdefault(found, what)
 
     def take_apart(self, value: Value, axis: int, size: int = 1) -> None:
-        """Notes that parts of this size of an axis of a product go separate ways."""
+        """Notes that an axis of a product is taken apart into parts of this size."""
         for leaf, view in value.of(PRODUCT).items():
             for factor in indexed_factors(view.axes[axis], size):
                 of_leaf = factor.axes[0] if len(factor.axes) == 1 else None
@@ -108,7 +108,7 @@ class Facts:
                     self.apart.setdefault(leaf, set()).add(of_leaf)
 
     def put_together(self, parts: Sequence[Value], axis: int) -> None:
-        """Notes that parts of an axis of a product are the whole axis again, as in a roll."""
+        """Notes that parts of an axis of a product make the whole axis again, as in a roll."""
         products = [part.of(PRODUCT) for part in parts]
         for leaf in set(products[0]).intersection(*products[1:]):
             factors = [factor for views in products for factor in views[leaf].axes[axis]]
@@ -125,7 +125,7 @@ class Facts:
 
 
 def parameter(leaf: int, shape: tuple[int, ...]) -> Value:
-    """The value of a parameter."""
+    """Returns the value of a parameter."""
     return Value({(IS, leaf): View(tuple((Factor((a,), n),) for a, n in enumerate(shape)))})
 
 
@@ -141,7 +141,7 @@ def is_mapped(factors: Iterable[Factor]) -> bool:
 
 
 def plain(size: int) -> tuple[Factor, ...]:
-    """The factors of an axis that is of no parameter."""
+    """Returns the factors of an axis that belongs to no parameter."""
     return (Factor((), size),)
 
 
@@ -150,7 +150,7 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 
 
 def indexed_factors(factors: Iterable[Factor], size: int) -> list[Factor]:
-    """The major factors of which a part of this size has one index each."""
+    """Returns the major factors of which a part of this size has one index each."""
     large = [factor for factor in factors if factor.size > 1]
     for count in range(1, len(large) + 1):
         if math.prod(factor.size for factor in large[count:]) == size:
@@ -159,7 +159,7 @@ def indexed_factors(factors: Iterable[Factor], size: int) -> list[Factor]:
 
 
 def resized(factors: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
-    """The factors of an axis of which a part is taken, or to which something is added."""
+    """Returns the factors of an axis after a part is taken or something is added."""
     if math.prod(factor.size for factor in factors) == size:
         return factors
     return (Factor(tuple(sorted(axes_of(factors))), size),)
@@ -168,7 +168,7 @@ def resized(factors: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
 def regrouped(
     axes: Iterable[tuple[Factor, ...]], shape: tuple[int, ...]
 ) -> tuple[tuple[Factor, ...], ...] | None:
-    """The factors of each axis after a reshape, None where it cuts across them."""
+    """Returns the factors of each axis after a reshape, or None if it cuts across factors."""
     factors = [factor for axis in axes for factor in axis if factor.size > 1][::-1]
     regrouped = []
     for size in shape:
@@ -187,13 +187,13 @@ def regrouped(
 
 
 def map_views(value: Value, change: Callable[[View], View | None]) -> Value:
-    """The value after a change of shape; views that it makes None are left out."""
+    """Returns the value after a change of shape, without views that the change makes None."""
     changed = ((key, change(view)) for key, view in value.views.items())
     return value._replace(views={key: view for key, view in changed if view is not None})
 
 
 def without(value: Value, axes: Iterable[int]) -> Value:
-    """Removes axes; those of a parameter in them are batch axes: one index after the other."""
+    """Removes axes; the axes of a parameter in them become batch axes."""
     gone = set(axes)
 
     def change(view: View) -> View:
@@ -211,12 +211,12 @@ def inserted(value: Value, axis: int, size: int) -> Value:
 
 
 def sized_as(value: Value, atom: Any) -> Value:
-    """The same axes in the sizes of the variable that holds the value."""
+    """Returns the same axes with the sizes of the variable that holds the value."""
     return map_views(value, lambda v: v._replace(axes=tuple(map(resized, v.axes, shape_of(atom)))))
 
 
 def cut(facts: Facts, value: Value, array: Any, part: Any) -> Value:
-    """A part of an array, or an array that was added to: same axes, other sizes."""
+    """Returns the value of a part or an extension of an array: same axes, other sizes."""
     sizes = list(zip(shape_of(array), shape_of(part), strict=True))
     for axis, (before, after) in enumerate(sizes):
         if after < before:
@@ -236,7 +236,7 @@ def cut(facts: Facts, value: Value, array: Any, part: Any) -> Value:
 
 
 def spread_axes(value: Value, shape: tuple[int, ...]) -> set[int]:
-    """Axes along which all entries are the same."""
+    """Returns the axes along which all entries are the same."""
     mark = value.views.get(SPREAD)
     return {
         axis
@@ -268,7 +268,7 @@ def broadcast(
 
 
 def merged_views(facts: Facts, views: Iterable[dict[int, View]], kind: str) -> dict[Any, View]:
-    """The views of several values in one; a parameter that they see differently is left out."""
+    """Merges the views of several values, without parameters whose views differ."""
     merged: dict[int, View] = {}
     torn: set[int] = set()
     for of_value in views:
@@ -281,7 +281,7 @@ def merged_views(facts: Facts, views: Iterable[dict[int, View]], kind: str) -> d
 
 
 def mixture(values: Iterable[Value]) -> Value:
-    """All that went into an array, without views."""
+    """Returns the value of all that went into an array, without views."""
     values = list(values)
     return Value(
         data=any(value.data for value in values),
@@ -290,7 +290,7 @@ def mixture(values: Iterable[Value]) -> Value:
 
 
 def either(facts: Facts, values: Sequence[Value]) -> Value:
-    """The value of an array that is one of several: the branches of a condition."""
+    """Returns the value of an array that is one of several, as the branches of a condition are."""
     mixed = mixture(values)
     if mixed.data:
         facts.entrywise.update(leaf for value in values for leaf in value.of(IS))

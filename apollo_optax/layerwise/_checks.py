@@ -1,4 +1,4 @@
-"""What a transformation must satisfy to run one layer at a time."""
+"""Checks that a transformation can run one layer at a time."""
 
 from typing import Any, NamedTuple
 
@@ -28,17 +28,17 @@ def init(
 
     Args:
       tx: A transformation whose update of a leaf depends on that leaf's gradient only.
-      params: `{"blocks": stacked, "rest": rest}`, arrays.
+      params: The parameters, `{"blocks": stacked, "rest": rest}`, as arrays.
       weights: The format of the weights.
 
     Returns:
-      `tx.init` of the parameters as `weights.read` gives them; with parameters on a mesh, sharded
-      as `sharding.state_shardings` has it.
+      `tx.init` of the parameters that `weights.read` returns. If the parameters are on a mesh, the
+      state is sharded as `sharding.state_shardings` says.
 
     Raises:
-      ValueError: Parameters of another form; a transformation that needs all gradients at once,
-        whose state of a stacked leaf has no axis of layers, or that would give each layer the same
-        random numbers.
+      ValueError: If the parameters have another form. If the transformation needs all gradients at
+        once, has a state of a stacked leaf without an axis of layers, or would give each layer the
+        same random numbers.
     """
     require_form(params)
     shapes = shapes_of(jax.eval_shape(weights.read, params))
@@ -55,22 +55,22 @@ def init(
         for leaf in jax.tree.leaves(params)
     )
     shardings = result_shardings(init_state, params, placed) if on_mesh else None
-    # Compiled, so that no float copy of quantized weights is made for the sake of its shapes.
+    # Compiled, so that quantized weights are not copied to floats only for their shapes.
     return jax.jit(init_state, out_shardings=shardings)(params)
 
 
 def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
-    """Raises ValueError if the update of some leaf depends on the gradient of another.
+    """Raises ValueError if the update of some leaf depends on the gradient of another leaf.
 
-    Neither may the update or the state of a leaf depend on another's parameter or state, nor the
-    state that all leaves share, such as a count, on anything of any leaf.
+    The update and the state of a leaf must not depend on the parameter or the state of another leaf
+    either. The state that all leaves share, such as a count, must not depend on any leaf.
 
-    Decided on the traced computation, nothing is run. `optax.MultiSteps`, whose accumulators are as
-    large as the gradients a layer-wise step avoids, is refused by its state.
+    The check traces the computation, and nothing runs. `optax.MultiSteps` is refused because of its
+    state: its accumulators are as large as the gradients that a layer-wise step avoids.
 
     Args:
       tx: Any transformation.
-      params: Its parameters, arrays or ShapeDtypeStructs.
+      params: The parameters, as arrays or ShapeDtypeStructs.
     """
     params = shapes_of(params)
     state = jax.eval_shape(tx.init, params)
@@ -89,9 +89,9 @@ def check_per_leaf(tx: optax.GradientTransformation, params: Params) -> None:
         for (source, source_owner), used in zip(trace.inputs, is_used, strict=True):
             if used and source_owner not in (None, owner):
                 raise ValueError(
-                    f"{output} depends on {source}: a layer-wise step has one layer's gradients at "
-                    f"a time. Instead of clipping by the global norm use limit_norm_growth, or a "
-                    f"transformation that works leaf by leaf."
+                    f"{output} depends on {source}: a layer-wise step has the gradients of only "
+                    f"one layer at a time. Use a transformation that works leaf by leaf, such as "
+                    f"limit_norm_growth in place of clipping by the global norm."
                 )
 
 
@@ -99,10 +99,10 @@ class _Trace(NamedTuple):
     """The traced update of a transformation.
 
     Attributes:
-      jaxpr: Of the update.
-      inputs: What each input is, and the leaf it is of; None for what all leaves share. The last
-        one is `first_layer`.
-      outputs: The same of each output.
+      jaxpr: The jaxpr of the update.
+      inputs: What each input is, and the leaf that the input belongs to, or None if all leaves
+        share the input. The last input is `first_layer`.
+      outputs: The same for each output.
     """
 
     jaxpr: Any
@@ -123,7 +123,7 @@ def _traced(tx: optax.GradientTransformation, params: Params, state: optax.OptSt
         return updates, new.mirrored, new.shared
 
     def owned(what: str, tree: PyTree, depth: int = 0) -> list[tuple[str, Path | None]]:
-        """Each leaf, of the parameter whose path its own begins with, `depth` indices aside."""
+        """Assigns each leaf to the parameter whose path its own starts with after `depth` names."""
         owners = []
         for path, _ in named_leaves(tree)[0]:
             path = path[depth:]
@@ -144,12 +144,12 @@ def _traced(tx: optax.GradientTransformation, params: Params, state: optax.OptSt
 
 
 def _computation_of(trace: _Trace, index: int) -> tuple[Any, list[bool]]:
-    """What an output is computed by, and whether by each of the inputs."""
+    """Returns the jaxpr of one output, and whether the output depends on each input."""
     return partial_eval.dce_jaxpr(trace.jaxpr, [i == index for i in range(len(trace.outputs))])
 
 
 def _check_randomness(tx: optax.GradientTransformation, params: Params) -> None:
-    """Raises ValueError if an update of blocks is random and the same for all layers."""
+    """Raises ValueError if an update of blocks would be random, and the same for all layers."""
     trace = _traced(tx, params, jax.eval_shape(tx.init, params))
     for index, (output, owner) in enumerate(trace.outputs):
         if owner is None or owner[0] != "blocks":
@@ -157,7 +157,7 @@ def _check_randomness(tx: optax.GradientTransformation, params: Params) -> None:
         jaxpr, is_used = _computation_of(trace, index)
         if _is_random(jaxpr) and not is_used[-1]:
             raise ValueError(
-                f"{output} is random, and does not depend on `first_layer`, an argument of "
+                f"{output} is random, and does not depend on the argument `first_layer` of "
                 f"`tx.update`: each layer would get the same random numbers. Use a transformation "
                 f"that folds `first_layer` into its key, or an ordinary step."
             )

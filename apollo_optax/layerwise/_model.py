@@ -1,4 +1,4 @@
-"""What a layer-wise step is given and reports."""
+"""The inputs of a layer-wise step, and its report."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -15,14 +15,15 @@ Params: TypeAlias = Any
 class LayerwiseModel(NamedTuple):
     """A model as three pure functions of its parameters `{"blocks": stacked, "rest": rest}`.
 
-    Every leaf of `blocks` has a leading axis of layers. `x` is a pytree of floating-point arrays,
-    of the same shapes and dtypes before and after a block.
+    Every leaf of `blocks` has a leading axis of layers. `x` is a pytree of floating-point arrays. A
+    block does not change the shapes and dtypes of `x`.
 
     Attributes:
-      embed: `(rest, batch) -> x`, before the first block.
-      block: `(one layer's parameters, x) -> x`, or `-> (x, aux)` if `has_aux`.
-      loss: `(rest, x, batch) -> scalar`, after the last block; `(rest, x, batch, aux)` if
-        `has_aux`, with `aux` summed over the layers.
+      embed: The function before the first block, `(rest, batch) -> x`.
+      block: The function of a block, `(one layer's parameters, x) -> x`, or `-> (x, aux)` if
+        `has_aux`.
+      loss: The function after the last block, `(rest, x, batch) -> scalar`, or `(rest, x, batch,
+        aux) -> scalar` if `has_aux`. `aux` is summed over the layers.
       has_aux: Whether blocks return an auxiliary output, such as a balancing loss.
     """
 
@@ -36,9 +37,11 @@ class WeightFormat(NamedTuple):
     """How weights are read before use and written after an update, one layer at a time.
 
     Attributes:
-      read: `params -> params` of floating-point arrays, which gradients are taken for.
-      write: `(params, updates, key) -> params`, adding the updates of what `read` returned. The key
-        is None where the step was called without one; a format that needs one raises then.
+      read: A function `params -> params` that returns the floating-point arrays that gradients are
+        taken for.
+      write: A function `(params, updates, key) -> params` that adds the updates of what `read`
+        returned. The key is None if the step was called without a key. A format that needs a key
+        then raises an error.
     """
 
     read: Callable[[Params], Params]
@@ -46,21 +49,22 @@ class WeightFormat(NamedTuple):
 
 
 EXACT = WeightFormat(lambda params: params, lambda params, u, _: optax.apply_updates(params, u))
-"""Weights as they are, updates added by `optax.apply_updates`."""
+"""Reads the weights as they are, and adds updates by `optax.apply_updates`."""
 
 STOCHASTIC = WeightFormat(lambda params: params, apply_updates_stochastic)
-"""Weights as they are, updates added by `apply_updates_stochastic`: for bfloat16 and float16."""
+"""Reads bfloat16 or float16 weights as they are, and adds updates by `apply_updates_stochastic`."""
 
 
 class GuardReport(NamedTuple):
     """What a guarded step did.
 
-    A part is a layer, what of `rest` only the loss reads, or all else of `rest`.
+    A part is one layer, the entries of `rest` that only the loss reads, or all other entries of
+    `rest`.
 
     Attributes:
-      largest: Largest absolute value of any gradient, NaN or infinite if one is.
-      moved: How many parts were updated.
-      parts: How many parts there are.
+      largest: The largest absolute value of all gradients, NaN or infinite if a gradient is.
+      moved: The number of parts that were updated.
+      parts: The number of parts.
     """
 
     largest: Float[Array, ""]

@@ -1,4 +1,4 @@
-"""Parameters and the optimizer state, taken apart into layers and parts and put together again."""
+"""Takes parameters and the optimizer state apart into layers and parts, and joins them again."""
 
 import copy
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Part: TypeAlias = tuple[Params, list[Any]]
 
 
 class _ParamLike:
-    """A tree of an optimizer state that mirrors the parameters, as one leaf."""
+    """Wraps a tree of an optimizer state that mirrors the parameters, so that it is one leaf."""
 
     def __init__(self, tree: PyTree) -> None:
         self.tree = tree
@@ -28,9 +28,9 @@ class SplitState(NamedTuple):
 
     Attributes:
       mirrored: The trees that mirror the parameters: moments, norms, traces.
-      shared: The leaves that do not: counts, keys, hyperparameters.
-      structure: Of the state, with each mirrored tree as a leaf.
-      is_mirrored: For each leaf of `structure`, in order, whether it is a mirrored tree.
+      shared: The other leaves: counts, keys, hyperparameters.
+      structure: The structure of the state, with each mirrored tree as a leaf.
+      is_mirrored: Whether each leaf of `structure`, in order, is a mirrored tree.
     """
 
     mirrored: list[PyTree]
@@ -40,7 +40,7 @@ class SplitState(NamedTuple):
 
 
 def split_state(tx: optax.GradientTransformation, state: optax.OptState) -> SplitState:
-    """Tells the trees that mirror the parameters from the other leaves of a state."""
+    """Separates the trees that mirror the parameters from the other leaves of a state."""
     marked = optax.tree_map_params(tx, _ParamLike, state, is_leaf=lambda _: True)
     leaves, structure = jax.tree.flatten(marked)
     is_mirrored = [isinstance(leaf, _ParamLike) for leaf in leaves]
@@ -50,48 +50,48 @@ def split_state(tx: optax.GradientTransformation, state: optax.OptState) -> Spli
 
 
 def join_state(split: SplitState, mirrored: list[PyTree]) -> optax.OptState:
-    """The state again, with these mirrored trees in place of its own."""
+    """Returns the state with these mirrored trees in place of its own."""
     trees, shared = iter(mirrored), iter(split.shared)
     leaves = [next(trees) if mirrors else next(shared) for mirrors in split.is_mirrored]
     return jax.tree.unflatten(split.structure, leaves)
 
 
 def blocks_of(tree: PyTree) -> PyTree:
-    """The part that is the blocks."""
+    """Returns the part with the blocks."""
     return {"blocks": tree["blocks"]}
 
 
 def rest_of(tree: PyTree, keys: set[Any] | None) -> PyTree:
-    """The entries of `rest` with these keys; None: all of it."""
+    """Returns the entries of `rest` with these keys, or all entries if `keys` is None."""
     rest = tree["rest"]
     return {"rest": rest if keys is None else {key: rest[key] for key in rest if key in keys}}
 
 
 def as_part(tree: PyTree, part: PyTree) -> PyTree:
-    """The entries of `tree` that the part has."""
+    """Returns the entries of `tree` that the part has."""
     return blocks_of(tree) if "blocks" in part else rest_of(tree, keys_of(part["rest"]))
 
 
 def keys_of(rest: PyTree) -> set[Any] | None:
-    """The keys of the entries of `rest` that may be updated apart; None if it is no dictionary."""
+    """Returns the keys of the entries of `rest`, or None if `rest` is not a dictionary."""
     return set(rest) if type(rest) is dict else None
 
 
 def padded(part: PyTree, absent: PyTree) -> PyTree:
-    """The part in the tree of all parameters, `optax.MaskedNode` in place of all other leaves.
+    """Returns the tree of all parameters with `optax.MaskedNode` in place of those of other parts.
 
-    That is what `optax.masked` hands over. Masks and labels given as trees fit it.
+    `optax.masked` passes such trees to transformations. Masks and labels that are trees fit them.
     """
     if keys_of(part.get("rest")) is not None:
         part = {"rest": {**absent["rest"], **part["rest"]}}
-    # A copy, for a dictionary of the type that the state was made for.
+    # Copied, so that the dictionary has the type that the state was made for.
     whole = copy.copy(absent)
     whole.update(part)
     return whole
 
 
 def share_of(part: Params, mirrored: PyTree) -> PyTree:
-    """A tree of the state with `optax.MaskedNode` in place of what is not of the part's leaves."""
+    """Returns a tree of the state with `optax.MaskedNode` in place of the leaves of other parts."""
     keys = keys_of(part.get("rest"))
     prefixes = [(name,) for name in part] if keys is None else [("rest", str(k)) for k in keys]
     named, structure = named_leaves(mirrored)
@@ -102,12 +102,12 @@ def share_of(part: Params, mirrored: PyTree) -> PyTree:
 
 
 def layer_of(stacked: PyTree, index: Int[Array, ""]) -> PyTree:
-    """The leaves of one layer, with a leading axis of size 1."""
+    """Returns the leaves of one layer, with a leading axis of size 1."""
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index, 1), stacked)
 
 
 def with_layer(stacked: PyTree, layer: PyTree, index: Int[Array, ""]) -> PyTree:
-    """The stack with the leaves of one layer written into it."""
+    """Returns the stack with the leaves of one layer written into it."""
 
     def write(whole: Array, part: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), index, 0)
@@ -116,12 +116,12 @@ def with_layer(stacked: PyTree, layer: PyTree, index: Int[Array, ""]) -> PyTree:
 
 
 def without_layer_axis(layer: PyTree) -> PyTree:
-    """One layer as a model has it."""
+    """Returns one layer without the leading axis of size 1."""
     return jax.tree.map(lambda a: jnp.squeeze(a, 0), layer)
 
 
 def number_of_layers(blocks: PyTree) -> int:
-    """The size of the leading axis; raises ValueError unless all leaves share it."""
+    """Returns the size of the leading axis; raises ValueError unless all leaves share it."""
     leaves, _ = named_leaves(blocks)
     if not leaves:
         raise ValueError('params["blocks"] has no leaves; a layer-wise step needs stacked layers.')
@@ -144,5 +144,5 @@ def require_form(params: Params) -> None:
 
 
 def shapes_of(tree: PyTree) -> PyTree:
-    """Shapes and dtypes, without shardings in the types: those do not matter to what is checked."""
+    """Returns shapes and dtypes, without the shardings in the types, which checks do not need."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

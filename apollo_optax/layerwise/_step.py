@@ -1,4 +1,4 @@
-"""The training steps: forward through the layers, backwards with the update of each."""
+"""The layer-wise training steps: forward through the layers, then backwards with their updates."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -40,8 +40,8 @@ from apollo_optax.layerwise._parts import (
 
 _Update: TypeAlias = Callable[[Part, PyTree, ArrayLike, Any], tuple[Part, list[Any], Any]]
 
-# Squares of gradients up to here can be summed over 10^8 elements in float32; from here on moments
-# and norms may become infinite, and stay so.
+# Below this size, the squares of gradients can be summed over 10^8 elements in float32. Above it,
+# moments and norms may become infinite, and then stay infinite.
 _SQUARES_OVERFLOW = 1e15
 
 
@@ -52,24 +52,24 @@ def make_step(
     weights: WeightFormat = EXACT,
     policy: Callable[..., bool] | None = None,
 ) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""]]]:
-    """Returns the training step; jit it with the parameters and the state donated.
+    """Returns the training step; use `jax.jit` with the parameters and the state donated.
 
-    Parameters, state and loss are those of the ordinary step on the stacked tree,
+    The parameters, the state and the loss are those of the ordinary step on the stacked tree,
     `tx.update(jax.grad(loss)(params), state, params)`, with the same key.
 
     Args:
-      model: The three functions.
+      model: The three functions of the model.
       tx: A transformation that `init` accepts.
       weights: How weights are read and written: `EXACT`, `STOCHASTIC`, or a format of quantized
         weights.
-      policy: What the forward pass keeps of a block, a policy of `jax.checkpoint`; None: the
-        block's input only, everything else is computed again.
+      policy: A policy of `jax.checkpoint`, for what the forward pass keeps of a block. None keeps
+        only the block's input, and everything else is computed again.
 
     Returns:
-      `(params, state, batch, key=None) -> (params, state, loss)`. `key` is what `weights.write`
-      gets, folded with the layer: a new one at each step for stochastic rounding, which raises
-      ValueError without one. Functions of the parameters in `tx`, such as a mask, are called with
-      the tree of all parameters, `optax.MaskedNode` in place of those of other parts.
+      `(params, state, batch, key=None) -> (params, state, loss)`. `weights.write` gets `key` folded
+      with the layer. Stochastic rounding needs a new key at each step, and raises ValueError
+      without a key. Functions of the parameters in `tx`, such as a mask, are called with the tree
+      of all parameters, with `optax.MaskedNode` in place of the parameters of other parts.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -107,26 +107,27 @@ def make_guarded_step(
 
     If the loss is not finite or above `max_loss`, or if all gradients are zero, nothing changes.
 
-    A gradient that is NaN, or 1e15 or more, whose squares may not add up to a finite float32, is
-    seen only when its part is reached. The parts are gone through one after another: what only the
-    loss reads, the layers from the last to the first, the rest. Nothing changes from the bad part
-    on, and neither do the counts and schedules, which all parts share. The parts before it keep
-    their update, weights and moments: `GuardReport.moved` says how many. To undo them would take a
-    copy of the weights, to know better a second backward pass.
+    A gradient is bad if it is NaN, or 1e15 or more: its squares may not add up to a finite float32.
+    The step sees a bad gradient only when it reaches the gradient's part. The order of the parts is
+    the entries that only the loss reads, the layers from the last to the first, and the rest. The
+    bad part and the parts after it do not change, and neither do the counts and schedules, which
+    all parts share. The parts before it keep their updates, and `GuardReport.moved` is the number
+    of these parts. To undo the updates would take a copy of the weights, and to check the gradients
+    first would take a second backward pass.
 
-    A single part whose gradients are all zero stays as it is, the others are updated.
+    If all gradients of a single part are zero, this part does not change, and the others are
+    updated.
 
     Args:
-      model: As `make_step`'s.
-      tx: As `make_step`'s.
-      weights: As `make_step`'s.
-      policy: As `make_step`'s.
+      model: As in `make_step`.
+      tx: As in `make_step`.
+      weights: As in `make_step`.
+      policy: As in `make_step`.
 
     Returns:
       `(params, state, batch, key=None, max_loss=inf) -> (params, state, loss, report)`, with a
       `GuardReport`. The step was taken if the loss is finite, `loss <= max_loss` and
-      `0 < report.largest < 1e15`; else it was skipped, as a whole if `report.moved` is
-      0.
+      `0 < report.largest < 1e15`. Otherwise it was skipped, as a whole if `report.moved` is 0.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -154,14 +155,14 @@ def _make_step(
     weights: WeightFormat,
     policy: Callable[..., bool] | None,
 ) -> Callable[..., tuple[Params, optax.OptState, Float[Array, ""], Any]]:
-    """The step of both kinds: guarded if `max_loss` is not None."""
+    """Returns the step of both kinds, which is guarded if `max_loss` is not None."""
     tx = optax.with_extra_args_support(tx)
 
     def block(layer: Params, x: PyTree) -> tuple[PyTree, PyTree]:
         out = model.block(without_layer_axis(layer), x)
         return out if model.has_aux else (out, ())
 
-    # The forward and the backward pass are two loops, between which nothing could be merged.
+    # The forward and the backward pass are two loops, so there is nothing to merge between them.
     block = jax.checkpoint(block, policy=policy, prevent_cse=False)
 
     def step(
@@ -209,10 +210,11 @@ def _make_step(
 def make_loss(
     model: LayerwiseModel, *, weights: WeightFormat = EXACT
 ) -> Callable[[Params, Batch], Float[Array, ""]]:
-    """Returns the loss alone, `(params, batch) -> scalar`, to evaluate with.
+    """Returns the loss alone, `(params, batch) -> scalar`, for evaluation.
 
-    Reads the weights one layer at a time, as the step does: no float copy of quantized ones exists.
-    What `model.loss` returns is returned, scalar or not: with a head in its place, logits.
+    The function reads the weights one layer at a time, as the step does, so that no float copy of
+    quantized weights exists. The result is what `model.loss` returns, scalar or not. If
+    `model.loss` is an output head, the result is logits.
     """
 
     def loss_of(params: Params, batch: Batch) -> Float[Array, ""]:
@@ -231,7 +233,7 @@ def make_loss(
 
 
 class _End(NamedTuple):
-    """Where the forward pass ends: the loss's own gradients, and the ways back."""
+    """The end of the forward pass: the gradients of the loss function, and the pullbacks."""
 
     rest_grads: PyTree
     x_grads: PyTree
@@ -243,7 +245,7 @@ class _End(NamedTuple):
 def _update_all(
     update: _Update, whole: Part, end: _End, late: set[Any] | None, report: Any
 ) -> tuple[Part, list[Any], Any]:
-    """Goes backwards from the end and updates all parts; `late` are the keys `embed` reads."""
+    """Goes backwards from the end and updates all parts; `embed` reads the keys in `late`."""
     params, mirrored = whole
 
     def share(part: Params) -> Part:
@@ -251,7 +253,7 @@ def _update_all(
 
     early = (keys_of(params["rest"]) or set()) - (late or set())
     parts, x_grads = [], end.x_grads
-    # What only the loss reads is updated before the blocks, so that its gradient is gone by then.
+    # Entries that only the loss reads are updated before the blocks, to free their gradients first.
     if early:
         grads = rest_of({"rest": end.rest_grads}, early)
         part, _, report = update(share(rest_of(params, early)), grads, 0, report)
@@ -283,9 +285,9 @@ def _updater(
 ) -> _Update:
     """Returns the function that updates a part.
 
-    It returns the shared leaves of the state too, and what is known of the gradients so far.
-    Guarded, with `accepted` given, it updates the part only if that is true, the part's gradients
-    are not all zero, and no gradient so far is unusable.
+    The function also returns the shared leaves of the state, and the report on the gradients so
+    far. If `accepted` is given, the step is guarded: the function updates the part only if
+    `accepted` is true, the part's gradients are not all zero, and no gradient so far is bad.
     """
 
     def update(
@@ -325,8 +327,8 @@ def _run_blocks(
     """Runs the blocks forward.
 
     Returns the last output, the sum of the auxiliary outputs, and a function of a layer's weights
-    and index that returns the layer's pullback. What pullbacks need besides the weights is kept
-    stacked; the weights are not, since the loop that goes backwards has them.
+    and index that returns the layer's pullback. Everything that pullbacks need is kept stacked,
+    except the weights, which the backward loop has.
     """
     structure, layer_position = None, []
 
@@ -344,7 +346,7 @@ def _run_blocks(
 
     def pullback_of(layer: Params, index: Int[Array, ""]) -> Callable:
         of_layer = jax.tree.leaves(weights.read(layer))
-        # Kept apart, or XLA transposes what all layers kept before the loop instead of one in it.
+        # Without the barrier, XLA transposes the residuals of all layers before the loop.
         saved = iter(jax.lax.optimization_barrier([a[index] for a in kept]))
         residuals = [next(saved) if i is None else of_layer[i] for i in layer_position]
         return jax.tree.unflatten(structure, residuals)
@@ -353,10 +355,10 @@ def _run_blocks(
 
 
 def _from_slices(function: Callable) -> Callable:
-    """Makes sure that `function` gets slices of the stacks, not reads of them fused into its work.
+    """Makes `function` a computation of its own on CPUs, whose arguments are slices of the stacks.
 
-    XLA for CPUs fuses the read of a layer into the write of another array, and then copies the
-    whole stack to write that layer in place. There, `function` is a computation of its own.
+    XLA for CPUs would fuse the read of a layer into the write of another array, and would then copy
+    the whole stack to write that layer in place.
     """
 
     def own_computation(*args: Any) -> Any:
@@ -377,7 +379,7 @@ def _update_blocks(
     aux_grads: PyTree,
     report: Any,
 ) -> tuple[Part, PyTree, Any]:
-    """Runs the blocks backwards, each updated in place as soon as its gradient exists."""
+    """Runs the blocks backwards, and updates each in place as soon as its gradient exists."""
     number = number_of_layers(part[0]["blocks"])
 
     @_from_slices
@@ -399,7 +401,7 @@ def _update_blocks(
 
 
 def _keys_read(function: Callable[[PyTree], PyTree], rest: PyTree) -> set[Any] | None:
-    """The entries of `rest` that `function` reads; None where `rest` is not a dictionary."""
+    """Returns the keys of `rest` that `function` reads, or None if `rest` is not a dictionary."""
     if keys_of(rest) is None:
         return None
     closed = jax.make_jaxpr(lambda rest: jax.tree.leaves(function(rest)))(rest)

@@ -11,8 +11,8 @@ from types import FrameType
 __all__ = ["caught_signals"]
 
 _STOPPING = (
-    "Stopping after this step, and after the compilation if it is not done; then saving. Ctrl-C "
-    "once more stops without."
+    "Stopping after this step. A compilation that is running ends first. The run then saves a "
+    "checkpoint. A second Ctrl-C stops at once, without saving."
 )
 
 

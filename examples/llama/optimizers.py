@@ -1,4 +1,4 @@
-"""The optimizers to compare: APOLLO's two, SWAN and six of Optax's, behind one set of settings."""
+"""The optimizers to compare, with one set of settings: APOLLO's two, SWAN and six of Optax's."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -47,18 +47,19 @@ DEFAULT_LEARNING_RATES: dict[str, float] = {
     "galore": 4e-2,
     "sgd": 4e-1,
 }
-"""Peak learning rates of small models. AdamW, APOLLO, APOLLO-Mini and SWAN have the best of `nano`,
-in `benchmarks/results/nano_learning_rates.json`; of rates within 0.001 nats, the smaller. The
-others have those of `benchmarks/results/convergence.json`."""
+"""Peak learning rates of small models. AdamW, APOLLO, APOLLO-Mini and SWAN have the best rates of
+`nano`, from `benchmarks/results/nano_learning_rates.json`; if rates are within 0.001 nats, the
+smaller. The others have the rates of `benchmarks/results/convergence.json`."""
 
 FINE_TUNING_LEARNING_RATES: dict[str, float] = {
     name: rate / 100 for name, rate in DEFAULT_LEARNING_RATES.items()
 } | {"apollo": 3e-4, "apollo_mini": 3e-4}
-"""Peak learning rates of loaded models: AdamW's usual 2e-5, a hundredth of that of a small new
-model, and as much for the others; for APOLLO and APOLLO-Mini those of the paper's fine-tuning."""
+"""Peak learning rates of loaded models. AdamW has its usual 2e-5, a hundredth of the rate of a
+small new model. The others have a hundredth too, except that APOLLO and APOLLO-Mini have the rates
+of the paper's fine-tuning."""
 
 FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini", "swan")
-"""Optimizers whose moments are float32 whatever the weights are."""
+"""The optimizers whose moments are float32 for weights of any dtype."""
 
 OPTIMIZERS: tuple[OptimizerName, ...] = tuple(DEFAULT_LEARNING_RATES)  # type: ignore[arg-type]
 
@@ -75,7 +76,7 @@ OPTIONS_OF: dict[str, tuple[OptimizerName, ...]] = {
     "project_embeddings": ("apollo", "apollo_mini", "galore", "muon"),
     "momentum": ("sgd",),
 }
-"""The settings that not every optimizer has, and which have them."""
+"""The settings that not every optimizer has, and the optimizers that have them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,28 +84,32 @@ class OptimizerSettings:
     """An optimizer and everything that decides its updates.
 
     Attributes:
-      name: APOLLO's, or one of Optax's.
-      learning_rate: Its peak. Adafactor's is relative to the root mean square of the weights.
-      total_steps: Optimizer steps of the whole run, which the schedule spreads over.
-      warmup_fraction: Part of the steps in which the learning rate rises from 0 to its peak; a
-        cosine leads from there to a tenth of it.
-      final_fraction: The last step's learning rate over the peak.
-      weight_decay: Decoupled weight decay of the matrices, times the learning rate.
-      clip: Largest global norm of the gradients; 0 for no clipping.
-      rank: Rows of the projection; for apollo and galore.
-      alpha: Factor of the projected updates; for apollo, apollo_mini and galore.
-      granularity: What shares a learning rate, a channel or a whole matrix; for apollo.
-      update_proj_gap: Steps between two projections; for apollo, apollo_mini and galore.
-      projection: What the projection is drawn from; for apollo and apollo_mini.
-      norm_growth_limit: Largest ratio of the norms of a matrix's consecutive updates, 0 for no
-        limit; for apollo and apollo_mini.
-      vocabulary: The rule of embedding and head; for apollo, apollo_mini and swan.
-      vocabulary_learning_rate: The peak learning rate of embedding and head; for apollo,
+      name: The optimizer, one of this package or of Optax.
+      learning_rate: The peak learning rate. Adafactor's is relative to the root mean square of the
+        weights.
+      total_steps: The number of optimizer steps of the whole run and of the schedule.
+      warmup_fraction: The fraction of the steps in which the learning rate rises from 0 to its
+        peak. A cosine then lowers the learning rate to a tenth of the peak.
+      final_fraction: The learning rate of the last step, divided by the peak.
+      weight_decay: The decoupled weight decay of the matrices, which is multiplied by the learning
+        rate.
+      clip: The largest global norm of the gradients. 0 means no clipping.
+      rank: The number of rows of the projection, for apollo and galore.
+      alpha: The scale of the projected updates, the paper's alpha, for apollo, apollo_mini and
+        galore.
+      granularity: Whether each channel or each matrix has a learning rate of its own, for apollo.
+      update_proj_gap: The number of steps between two projections, for apollo, apollo_mini and
+        galore.
+      projection: The kind of projection, for apollo and apollo_mini.
+      norm_growth_limit: The largest ratio of the norms of a matrix's consecutive updates, for
+        apollo and apollo_mini. 0 means no limit.
+      vocabulary: The update rule of the embedding and the head, for apollo, apollo_mini and swan.
+      vocabulary_learning_rate: The peak learning rate of the embedding and the head, for apollo,
         apollo_mini and swan.
-      project_embeddings: Treat embedding and head as the other matrices, instead of training them
-        with Adam as the paper does; for apollo, apollo_mini, galore and muon.
-      momentum: Decay of the sum of past gradients, 0 for none; for sgd.
-      seed: Seed of the projections.
+      project_embeddings: Project the embedding and the head like the other matrices, for apollo,
+        apollo_mini, galore and muon. The paper trains both with Adam.
+      momentum: The decay of the sum of past gradients, for sgd. 0 means no momentum.
+      seed: The seed of the projections.
     """
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")]
@@ -150,13 +155,14 @@ LEFT_OPEN = OptimizerSettings(
         ("warmup_fraction", "weight_decay", *OPTIONS_OF.keys() - {"project_embeddings"}), LEFT_OUT
     ),
 )
-"""What a command line that gives no flag says of the optimizer."""
+"""The settings of the optimizer on a command line without flags."""
 
 
 def learning_rate_schedule(settings: OptimizerSettings) -> optax.Schedule:
-    """Returns the learning rate by the number of steps done: linear warm-up, then a cosine.
+    """Returns the learning rate by the number of steps done: a linear warm-up, then a cosine.
 
-    The last step of the warm-up has the peak, the last of all `final_fraction` of it.
+    The last step of the warm-up has the peak, and the last step of all has `final_fraction` of the
+    peak.
 
     >>> settings = OptimizerSettings("sgd", learning_rate=1.0, total_steps=10, warmup_fraction=0.2)
     >>> schedule = learning_rate_schedule(settings)
@@ -174,7 +180,7 @@ def _schedule(settings: OptimizerSettings, peak: float) -> optax.Schedule:
         decay_steps=settings.total_steps,
         end_value=settings.final_fraction * peak,
     )
-    # Counted from one, so that the first step is not lost to a learning rate of zero.
+    # Counted from one, so that the first step does not have a learning rate of zero.
     return lambda count: schedule(count + 1)
 
 
@@ -188,10 +194,10 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     """Returns the optimizer for the parameters of `model.init_params`.
 
     Args:
-      settings: Which one, and how.
+      settings: The optimizer and its settings.
 
     Returns:
-      A transformation with the learning rate's schedule, weight decay and clipping in it.
+      A transformation that includes the schedule of the learning rate, weight decay and clipping.
 
     Raises:
       ValueError: If a setting is out of the range of its optimizer.
@@ -208,7 +214,7 @@ def _make(
     settings: OptimizerSettings, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
     decay: dict[str, Any] = {"weight_decay": settings.weight_decay, "mask": decayed_leaves}
-    # For what has no decay of its own, or one that has no mask for all that it trains.
+    # For optimizers without weight decay of their own, or without a mask for all leaves.
     decay_and_rate = optax.chain(
         optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(learning_rate)
     )
@@ -230,7 +236,7 @@ def _make(
         case "lion":
             return optax.lion(learning_rate, **decay)
         case "adafactor":
-            # Optax adds Adafactor's decay after the learning rate, that of the others before it.
+            # Optax adds the decay after the learning rate for Adafactor, and before it for others.
             return optax.adafactor(
                 learning_rate,
                 weight_decay_rate=lambda count: settings.weight_decay * learning_rate(count),
@@ -238,7 +244,7 @@ def _make(
             )
         case "muon":
             specs = _matrices(settings, optax.contrib.MuonDimensionNumbers)
-            # Uphill, for the learning rate that follows.
+            # Muon goes uphill here, since the learning rate that follows changes the sign.
             uphill = optax.contrib.muon(-1.0, muon_weight_dimension_numbers=specs)
             return optax.chain(uphill, decay_and_rate)
         case "galore":
@@ -300,12 +306,12 @@ def _matrices(
 
 
 def unstack_blocks(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Shows `inner` every layer of `params["blocks"]` as leaves of their own.
+    """Shows `inner` every layer of `params["blocks"]` as separate leaves.
 
-    For transformations that know no batch axes, such as Optax's GaLore.
+    This is for transformations without batch axes, such as Optax's GaLore.
 
     Args:
-      inner: Sees `params["blocks"]` as a list of layers.
+      inner: A transformation that gets `params["blocks"]` as a list of layers.
 
     Returns:
       A transformation for stacked blocks, with the state of `inner`.

@@ -1,4 +1,4 @@
-"""The command line of `pretrain`, and the settings of a run that it comes to."""
+"""The command line of `pretrain`, and the settings of a run that follow from it."""
 
 import dataclasses
 import math
@@ -62,22 +62,24 @@ CHANGEABLE = frozenset(
         *("spike_limit", "seed"),
     ]
 )
-"""Settings a run may go on with other values of: the state is of the same form."""
+"""Settings that may change when a run continues, since the state keeps its form."""
 
-# GaLore's own; the alphas of APOLLO are the paper's, by model.
+# The default of GaLore. The alphas of APOLLO are the paper's for each model.
 _GALORE_ALPHA = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """The model, and the settings that come with it.
+    """The model, and the settings that depend on it.
 
     Attributes:
-      name: Size of the LLaMA. Steps, batch, sequence, rank and alpha default to this model's.
-      preset: The paper's learning rate and bf16 too, for the models the paper trains.
-      load: A LLaMA to fine-tune, instead of a new --model: a folder of Hugging Face's format, a
-        .gguf file, or hf:NAME of the Hugging Face hub. The defaults are then the paper's for
-        fine-tuning, and 3 times through the text.
+      name: The size of the LLaMA. The defaults of steps, batch, sequence, rank and alpha are those
+        of this model.
+      preset: paper also takes the paper's learning rate and bf16, for the models that the paper
+        trains.
+      load: A LLaMA to fine-tune in place of a new --model, as a folder in Hugging Face's format, as
+        a .gguf file, or as hf:NAME for the Hugging Face hub. The defaults are then the paper's for
+        fine-tuning, and 3 epochs.
     """
 
     name: Annotated[ModelName, tyro.conf.arg(name="model"), MODEL_NAME] = "nano"
@@ -87,23 +89,25 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
-    """How a step is taken, and on how much.
+    """How a step is taken, and the size of its batch.
 
     Attributes:
-      weights: Dtype of the weights; bf16 and int8 weights are rounded stochastically. int8, in
-        groups of 128, goes with --update layerwise.
-      compute: Dtype of the matrix products.
-      remat: Recompute activations in the backward pass: less memory, a third more time.
-      batch: Sequences a step.
-      sequence: Tokens a sequence.
-      micro_batches: Parts of a batch whose gradients are made one after another and added up: less
-        memory, the same step.
-      update: layerwise makes and uses up the gradient of one layer at a time, so that none of the
-        whole model exists: far less memory, the same step. Without --clip and --micro-batches,
-        which need all gradients at once.
-      spike_limit: Skip a step whose loss is so many nats above the mean of the last 50 or so, 0
-        for no limit. Steps with gradients that are not finite, or all zero, are skipped always.
-      seed: Seed of weights, data order, projections, stochastic rounding and text sample.
+      weights: The dtype of the weights. bf16 and int8 weights are rounded stochastically. int8
+        weights share a scale in groups of 128, and need --update layerwise.
+      compute: The dtype of the matrix products.
+      remat: Recompute activations in the backward pass, which takes less memory and a third more
+        time.
+      batch: The number of sequences in a step.
+      sequence: The number of tokens in a sequence.
+      micro_batches: The number of parts of a batch whose gradients are accumulated one after
+        another. More parts take less memory, and the step has the same result.
+      update: layerwise computes and uses the gradient of one layer at a time, so that no gradient
+        of the whole model exists. The step takes far less memory and has the same result. layerwise
+        cannot be combined with --clip or --micro-batches, which need all gradients at once.
+      spike_limit: Skip a step if its loss is this many nats above the mean of about the last 50
+        steps. 0 means no limit. Steps whose gradients are not finite, or all zero, are always
+        skipped.
+      seed: The seed of the weights, data order, projections, stochastic rounding and text sample.
     """
 
     weights: Annotated[
@@ -125,13 +129,13 @@ class TrainingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """The text.
+    """The text to train on.
 
     Attributes:
-      source: A text file, a folder, a .jsonl, .jsonl.gz or .parquet file with a "text" field, or
-        hf:NAME for a data set of the Hugging Face hub; stdlib for the sources of Python's standard
-        library. Or a .jsonl file of "messages", or of "prompt" and "completion", whose answers
-        alone are learned, one example a sequence.
+      source: A text file, a folder, a .jsonl, .jsonl.gz or .parquet file with a "text" field,
+        hf:NAME for a data set of the Hugging Face hub, or stdlib for the sources of Python's
+        standard library. A .jsonl file may also have "messages", or "prompt" and "completion". Then
+        only the answers are learned, and each example is a sequence.
       tokenizer: bytes, train:VOCAB, or the path of a tokenizer.json.
     """
 
@@ -141,25 +145,27 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class OutputOptions:
-    """What is seen and kept of the run.
+    """What the run prints and saves.
 
     Attributes:
-      folder: Folder for all of it.
-      resume: Go on from the last checkpoint in --output, with all other flags as they were; from
-        the beginning if the run was killed before its first.
-      allow_changes: With --resume: go on although the learning rate, its schedule, alpha,
-        update_proj_gap, spike_limit or the seed is another, or for more --steps than planned.
-      most_skipped: Stop once so many steps in a row were skipped.
-      evaluate_every: Steps between two evaluations; there is always one at the end.
-      evaluation_batches: Batches of an evaluation, the same ones each time.
-      checkpoint_every: Steps between two checkpoints; 0 for the end and interruptions only.
-      keep: Checkpoints to keep.
-      log_every: Steps between two lines of progress; the metrics have every step.
-      tensorboard: Write TensorBoard event files too.
-      sample_length: Tokens of the text sample; 0 for none.
-      temperature: Temperature of the text sample; 0 for the likeliest token each time.
-      export: Folder to write the trained model to, as Hugging Face's transformers load it.
-      describe: Print what the optimizer keeps for each parameter, and stop before training.
+      folder: The folder for all files of the run.
+      resume: Continue from the last checkpoint in --output, with all other flags unchanged. A run
+        that was killed before its first checkpoint starts from the beginning.
+      allow_changes: With --resume, continue although the learning rate, its schedule, alpha,
+        update_proj_gap, spike_limit or the seed has changed, or for more --steps than planned.
+      most_skipped: Stop after this many skipped steps in a row.
+      evaluate_every: The number of steps between two evaluations. The last step is always
+        evaluated.
+      evaluation_batches: The number of batches in an evaluation, which are the same each time.
+      checkpoint_every: The number of steps between two checkpoints. 0 saves only at the end and at
+        interruptions.
+      keep: The number of checkpoints to keep.
+      log_every: The number of steps between two lines of progress. The metrics have every step.
+      tensorboard: Also write TensorBoard event files.
+      sample_length: The number of tokens in the text sample. 0 means no sample.
+      temperature: The temperature of the text sample. 0 takes the likeliest token each time.
+      export: The folder to write the trained model to, as Hugging Face's transformers load it.
+      describe: Print what the optimizer will keep for each parameter, and stop before training.
     """
 
     folder: Annotated[Path | None, default("FOLDER", "runs/MODEL-OPTIMIZER", name="output")] = None
@@ -180,18 +186,19 @@ class OutputOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
-    """The devices. Several processes have the same command but for --process, and one folder.
+    """The devices. Several processes share a folder, and a command except for --process.
 
     Attributes:
-      coordinator: HOST:PORT of the process 0; auto on Cloud TPU, SLURM, Kubernetes and Open MPI,
-        which know all of these.
-      processes: How many there are.
-      process: Which this is, from 0.
-      process_timeout: Seconds after which a process that does not answer is taken for dead, and
-        the others end.
-      mesh: Trains on all devices: data and fsdp divide the batch, fsdp the weights too, gathered a
-        layer at a time; tensor divides heads, feed-forward and vocabulary. The same training up to
-        the order of sums.
+      coordinator: HOST:PORT of process 0. auto works on Cloud TPU, SLURM, Kubernetes and Open MPI,
+        and takes neither --processes nor --process.
+      processes: The number of processes.
+      process: The number of this process, counted from 0.
+      process_timeout: If a process does not answer for this many seconds, the others take it for
+        dead and end.
+      mesh: The axes of the device mesh and their sizes. With this flag, all devices train. data and
+        fsdp divide the batch. fsdp also divides the weights, which are gathered one layer at a
+        time. tensor divides heads, feed-forward and vocabulary. The training is the same up to the
+        order of sums.
     """
 
     coordinator: Annotated[str | None, default("HOST:PORT|auto", "one process")] = None
@@ -203,14 +210,15 @@ class ProcessOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Pre-trains a LLaMA with APOLLO or with one of Optax's optimizers.
+    """Pre-trains or fine-tunes a LLaMA with APOLLO, SWAN or one of Optax's optimizers.
 
-    Ends with a table of the validation loss, the optimizer's memory and the time of a step, a
-    picture of the curves and a sample of text. Ctrl-C saves, and says how to go on.
+    A run ends with a table of the validation loss, the optimizer's memory and the time of a step, a
+    picture of the loss curves, and a sample of text. Ctrl-C saves a checkpoint, and the run prints
+    the command that continues it.
 
     Attributes:
-      compare: Several optimizers instead of one, trained one after another on the same batches
-        from the same weights.
+      compare: Several optimizers instead of one. The model is trained with one after another, from
+        the same weights and on the same batches.
     """
 
     model: ModelOptions = ModelOptions()
@@ -224,17 +232,18 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings(TrainingOptions):
-    """Everything that decides the numbers of one run, with nothing left out.
+    """Everything that decides the numbers of one run, with no defaults left open.
 
-    A run goes on from a checkpoint only if all of it is the same.
+    A run continues from a checkpoint only if all settings are the same, or if only those in
+    `CHANGEABLE` differ and changes are allowed.
 
     Attributes:
       model: The model's shape.
-      load: Folder the initial weights come from, or None.
+      load: The folder that the initial weights come from, or None.
       optimizer: The optimizer, with the number of steps.
-      data: What the text is, by name.
-      text_digest: Digest of the training tokens, "" for a stream.
-      spike_limit: As of `TrainingOptions`; None to take every step, for plans only.
+      data: The name of the text.
+      text_digest: The digest of the training tokens, "" for a stream.
+      spike_limit: As in `TrainingOptions`. None takes every step, for plans only.
     """
 
     model: LlamaConfig
@@ -284,10 +293,10 @@ class RunSettings(TrainingOptions):
 
 
 def check_options(config: PretrainConfig) -> None:
-    """Checks each number, and what goes together.
+    """Checks each number, and the combinations of flags.
 
     Raises:
-      ValueError: If a value is out of range, or does not go with another.
+      ValueError: If a value is out of range, or cannot be combined with another.
     """
     check_ranges(config)
     model = config.model
@@ -367,15 +376,16 @@ def resolve(
     text_digest: str,
     sequences_of: Callable[[int], int | None] = lambda length: None,
 ) -> RunSettings:
-    """Fills what was left out with the preset's, the model's or fine-tuning's defaults.
+    """Fills in what was left out, with the defaults of the preset, the model or fine-tuning.
 
     Args:
       config: The command line.
-      name: Which of the compared optimizers the run is for.
-      stored: The model, whose vocabulary is the tokenizer's or that of the loaded weights.
-      data: What the text is, by name.
-      text_digest: Digest of the training tokens.
-      sequences_of: How many sequences of a length there are to train on; None for a stream.
+      name: The optimizer of the run, one of those compared.
+      stored: The model, whose vocabulary is that of the tokenizer or of the loaded weights.
+      data: The name of the text.
+      text_digest: The digest of the training tokens.
+      sequences_of: A function that returns how many sequences of a length there are to train on, or
+        None for a stream.
 
     Returns:
       The settings of the run.
@@ -412,7 +422,7 @@ def resolve(
 def _micro_batches(training: TrainingOptions, defaults: PaperSettings) -> int:
     if training.update == "layerwise":
         return 1
-    # Of the size that the model's own batch is divided in, as far as this batch can be.
+    # As close as possible to the size of the micro-batches of the model's own batch.
     parts = training.batch * defaults.micro_batches // defaults.sequences_per_batch
     return math.gcd(training.batch, max(1, parts))
 

@@ -1,4 +1,4 @@
-"""Says what a training step of a LLaMA needs on chips that are not here: `--help` lists them."""
+"""Says what a training step of a LLaMA needs on chips that you do not have."""
 
 import dataclasses
 import json
@@ -49,31 +49,31 @@ _STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """Compiles a training step for a chip, without the chip, and says what it needs of it.
+    """Compiles a training step for a chip that you do not have, and says what the step needs.
 
     Attributes:
-      model: Size of the LLaMA.
+      model: The size of the LLaMA.
       device: The chips, such as a100-80gb:8, rtx-4060-8gb, tpu-v5e:1x1, tpu-v5e:16x16 or local.
-      optimizer: APOLLO's, or one of Optax's; sgd without momentum.
-      weights: Dtype of the weights; int8 goes with --update layerwise.
-      moments: f32 as pretrain has them, or bf16 as Optax makes them of bf16 weights. Those of
-        apollo and apollo_mini are f32 in any case.
-      update: layerwise makes and uses up the gradient of one layer at a time.
-      mesh: Axes of the device mesh and their sizes. data and fsdp divide the batch, fsdp the
-        weights too, gathered a layer at a time; tensor divides heads, feed-forward and vocabulary.
-        All devices are data if left out.
-      batch: Sequences a device; with tensor, a group of devices.
-      sequence: Tokens a sequence.
-      remat: Recompute activations in the backward pass; layerwise always does.
-      rank: Rows of the projection; for apollo and galore.
-      vocabulary: The rule of embedding and head; for apollo, apollo_mini and swan.
-      project_embeddings: Treat embedding and head as the other matrices, instead of training them
-        with Adam.
-      largest_batch: Find the largest batch a device that fits, too, and of the batches that are
-        tried the one with the highest bound on tokens a second.
+      optimizer: The optimizer, one of this package or of Optax. sgd has no momentum.
+      weights: The dtype of the weights. int8 needs --update layerwise.
+      moments: f32 as pretrain has them, or bf16 as Optax makes them for bf16 weights. The moments
+        of apollo and apollo_mini are always f32.
+      update: layerwise computes and uses the gradient of one layer at a time.
+      mesh: The axes of the device mesh and their sizes. data and fsdp divide the batch. fsdp also
+        divides the weights, which are gathered one layer at a time. tensor divides heads,
+        feed-forward and vocabulary. Without this flag, all devices are on the axis data.
+      batch: The number of sequences per device, or per group of devices with tensor.
+      sequence: The number of tokens in a sequence.
+      remat: Recompute activations in the backward pass. layerwise always does.
+      rank: The number of rows of the projection, for apollo and galore.
+      vocabulary: The update rule of the embedding and the head, for apollo, apollo_mini and swan.
+      project_embeddings: Project the embedding and the head like the other matrices. The paper
+        trains both with Adam.
+      largest_batch: Also find the largest batch per device that fits. Of the batches that are
+        tried, name the one with the highest bound on tokens per second, too.
       json: Print one JSON object.
-      load: A model of LLaMA's blocks instead of --model: its config.json or its folder, a .gguf
-        file, or hf:NAME. Its weights are not read.
+      load: A model of LLaMA's blocks instead of --model: a config.json, a folder that has one, a
+        .gguf file, or hf:NAME. The weights are not read.
     """
 
     model: Annotated[ModelName, MODEL_NAME] = "7b"

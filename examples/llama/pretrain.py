@@ -65,13 +65,13 @@ _RESUMING = ("--resume", "--allow-changes")
 
 
 class Plan(NamedTuple):
-    """What a command line comes to.
+    """The runs of a command line, ready to start.
 
     Attributes:
-      runs: One an optimizer, in the order they are trained.
-      text: What all are trained on.
-      validation_loss: How all are evaluated, by a state's parameters.
-      folder: Where the comparison is written.
+      runs: The runs, one for each optimizer, in the order of training.
+      text: The text that all runs train on.
+      validation_loss: A function that evaluates the parameters of any run.
+      folder: The folder that the comparison is written to.
     """
 
     runs: Sequence[Run]
@@ -87,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Its arguments; those of the process if None.
 
     Returns:
-      The exit code: 0; 1 if something could not be read or written while training, such as to a
-      full disk; 2 for wrong input; 128 plus the number of the signal that stopped it, as shells
-      count.
+      The exit code: 0; 1 if the run could not read or write something, as with a full disk; 2 for
+      wrong input; or 128 plus the number of the signal that stopped the run, as in shells.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(PretrainConfig, _PROGRAM, arguments, _EXAMPLES)
@@ -117,10 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, TooManySkippedError, MemoryError, jax.errors.JaxRuntimeError) as error:
             return _answer(_explanation(error, plan, resuming), exit_code=1)
         except KeyboardInterrupt:
-            console.print(f"Aborted. To go on from the last checkpoint, if any:\n{resuming}")
+            console.print(f"Aborted. To continue from the last checkpoint, if any:\n{resuming}")
             return 128 + signal.SIGINT
         if len(results) < len(plan.runs):
-            console.print(f"Stopped and saved. To go on:\n{resuming}")
+            console.print(f"Stopped and saved. To continue:\n{resuming}")
             # Of several processes, another one may have been told to stop.
             return 128 + (caught[0] if caught else signal.SIGTERM)
         if writes_files():
@@ -136,12 +135,12 @@ def _describe(config: PretrainConfig) -> int:
 
 
 def _explanation(error: Exception, plan: Plan, resuming: str) -> str:
-    """Says why training ended and how to go on; raises what is an error of the program."""
+    """Says why training ended and how to continue; raises errors of the program itself."""
     if isinstance(error, OSError):
-        return f"error: {error}. To go on: {resuming}"
+        return f"error: {error}. To continue: {resuming}"
     if isinstance(error, TooManySkippedError):
         return (
-            f"error: {error}. To go on from it with a lower --learning-rate or another --seed: "
+            f"error: {error}. To continue with a lower --learning-rate or another --seed: "
             f"{resuming} --allow-changes"
         )
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
@@ -150,7 +149,7 @@ def _explanation(error: Exception, plan: Plan, resuming: str) -> str:
         raise error
     lost_process(
         f"error: a step of all {jax.process_count()} processes failed, so that one of them may "
-        f"have ended: {error}. To go on, start all again with --resume"
+        f"have ended: {error}. To continue, start all processes again with --resume"
     )
 
 
@@ -385,7 +384,7 @@ def _report(
     draw_curves(plan.folder / "curves.png", curves, title=title)
     for result in results:
         if result.sample:
-            console.print(f"\n--- {result.optimizer} goes on from the validation text ---")
+            console.print(f"\n--- {result.optimizer} continues the validation text ---")
             console.print(result.sample)
     console.print()
     console.print(results_table(results), soft_wrap=False)

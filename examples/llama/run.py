@@ -189,13 +189,13 @@ def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) 
         return False
     if not options.resume:
         raise ValueError(
-            f"{folder} holds a run already; go on with it by --resume, or choose another --output"
+            f"{folder} holds a run already; add --resume to continue it, or choose another --output"
         )
     saved, given = record["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))
     fixed = differing_settings(saved, given, but=CHANGEABLE)
     differences = fixed if options.allow_changes else differing_settings(saved, given)
     if differences:
-        remedy = "" if fixed else "Add --allow-changes to go on with the new values, or resume"
+        remedy = "" if fixed else "Add --allow-changes to continue with the new values, or resume"
         named = "; ".join(differences).replace("optimizer.total_steps", "--steps")
         raise ValueError(
             f"the checkpoint in {folder} is of another run: {named}. {remedy or 'Resume'} with "
@@ -342,7 +342,7 @@ def _start(
     for damage in restored.damaged:
         console.print(
             f"The checkpoint of step {damage.step} is damaged, {damage.reason}. It was moved to "
-            f"{run.folder / 'damaged'}; the run goes on from step {int(restored.state.step)}"
+            f"{run.folder / 'damaged'}; the run continues from step {int(restored.state.step)}"
         )
     batches.set_state(restored.record["batches"])
     return restored.state, batches, restored.record["seconds"]

@@ -14,7 +14,8 @@ from examples.llama.options import RunSettings
 __all__ = ["optimizer_line", "settings_lines", "state_line", "state_table"]
 
 _NO_ACCELERATOR = (
-    "no accelerator found; JAX for one is pip install -U 'jax[cuda13]' (NVIDIA) or 'jax[tpu]'"
+    "no accelerator found; to install JAX for one, pip install -U 'jax[cuda13]' (NVIDIA) or "
+    "'jax[tpu]'"
 )
 
 

@@ -155,7 +155,7 @@ def test_shapes_do_and_leaves_that_are_no_arrays_are_left_out():
 
 
 def test_a_rank_beside_an_optimizer_is_refused():
-    with pytest.raises(TypeError, match="rank=4 goes with specifications"):
+    with pytest.raises(TypeError, match="rank=4 is only for specifications"):
         describe(PARAMS, optax.sgd(0.1), rank=4)
 
 

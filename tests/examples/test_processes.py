@@ -160,7 +160,7 @@ def test_sigterm_to_one_saves_in_all_and_a_damaged_checkpoint_is_skipped_by_all(
     processes[0].send_signal(signal.SIGTERM)
     (first, output), (second, _) = ended(processes)
     assert first == second == 128 + signal.SIGTERM, output
-    assert f"the run goes on from step {before}\n" in output
+    assert f"the run continues from step {before}\n" in output
     assert (folder / "damaged" / f"{last}-1").is_dir()
     steps = [line["step"] for line in read_metrics(folder) if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
