@@ -230,8 +230,8 @@ def scale_by_apollo(
       leading batch axis at which the slices start. Each layer then keeps its own projection.
 
     Raises:
-      TypeError: If an argument has the wrong type; at init, if a parameter is not real floating
-        point, or a projection returns another dtype than float32.
+      TypeError: If an argument has the wrong type; at init and update, if a leaf is not real
+        floating point; at init, if a projection returns another dtype than float32.
       ValueError: If an argument is out of range; at init, if axes do not fit a parameter, or a
         projection returns another shape than (rank, dim); at update, if the gradients do not match
         the state.
@@ -291,6 +291,7 @@ def scale_by_apollo(
         del params, extra_args
         named, treedef = named_arrays(updates)
         require_state_of(state, named, stores_projections)
+        require_real_floating(named)
         t = optax.safe_increment(state.count)
         if not named:
             return updates, state._replace(count=t)

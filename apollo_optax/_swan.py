@@ -126,8 +126,8 @@ def scale_by_swan(
       not used.
 
     Raises:
-      TypeError: If an argument has the wrong type; at init, if a parameter is not real floating
-        point.
+      TypeError: If an argument has the wrong type; at init and update, if a leaf is not real
+        floating point.
       ValueError: If an argument is out of range; at init, if axes do not fit a parameter; at
         update, if the gradients do not match the state.
 
@@ -174,6 +174,7 @@ def scale_by_swan(
         del params, extra_args
         named, treedef = named_arrays(updates)
         require_state_of(state, named, stores_projections=False)
+        require_real_floating(named)
         t = optax.safe_increment(state.count)
         if not named:
             return updates, state._replace(count=t)

@@ -1,8 +1,8 @@
-"""What no chip has timed yet. Names and behaviour may change in any release.
+"""Features that no chip has timed yet. Names and behaviour may change in any release.
 
 `pallas_tpu` is an implementation of APOLLO's update that reads each gradient once less than XLA's
-program. Pass it as `implementation=` to `apollo`, `apollo_mini` or `scale_by_apollo`. The
-compiler's own figures of what it saves are in `benchmarks/hbm_traffic.py`.
+program. Pass it as `implementation=` to `apollo`, `apollo_mini` or `scale_by_apollo`.
+`benchmarks/hbm_traffic.py` has the compiler's figures of the traffic that it saves.
 """
 
 from apollo_optax.experimental._pallas import pallas_tpu

@@ -50,14 +50,15 @@ def pallas_tpu(
     hyper: Hyperparameters,
     granularity: Granularity,
 ) -> tuple[Array, Array, Array, Array]:
-    """The kernel of TPUs, to pass as `implementation`.
+    """The kernel for TPUs. Pass it as `implementation`.
 
-    It takes matrices on the last two axes in float32 or bfloat16, float32 moments, a rank that is a
-    multiple of 8, a smaller side that is a multiple of 128, and "channel" or "tensor". It runs on
-    one device, or within `jax.shard_map` with `check_vma=False`: XLA cannot divide a kernel.
+    The kernel takes matrices on the last two axes in float32 or bfloat16, float32 moments, a rank
+    that is a multiple of 8, a smaller side that is a multiple of 128, and "channel" or "tensor".
+    The kernel runs on one device, or within `jax.shard_map` with `check_vma=False`, since XLA
+    cannot divide a kernel.
 
     Raises:
-      NotImplementedError: For anything else, naming what it is.
+      NotImplementedError: If the kernel does not take an argument, which the message names.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,15 +1,15 @@
-"""Compiles a training step for chips that are not here, and reads what it needs off the program.
+"""Compiles a training step for chips that you do not have, and says what the step needs there.
 
-XLA's compilers for TPUs and GPUs run on a machine that has neither. They lay out every buffer of a
-step, so what a step needs is known before a chip is rented; nothing is run.
+XLA's compilers for TPUs and GPUs run on a machine that has neither chip. They lay out every buffer
+of a step, so you know what the step needs before you rent a chip. Nothing is run.
 
     plan = planning.compile_for("a100-80gb:8", step, params, state, batch, donate_argnums=(0, 1))
     plan.fits, plan.peak_bytes, plan.collectives
     plan.step_seconds_at_least, plan.limited_by
 
-In a checkout, install with `pip install -e '.[planning]'`. Set `JAX_PLATFORMS=cpu` so that JAX does
-not look for the chips. What the numbers leave out: memory of other processes on a chip, and the
-fragmentation of an allocator that has served other programs before.
+In a checkout, install the compilers with `pip install -e '.[planning]'`. Set `JAX_PLATFORMS=cpu` so
+that JAX does not look for the chips. The numbers leave out the memory of other processes on a chip,
+and the fragmentation of an allocator that has served other programs before.
 """
 
 from apollo_optax.planning._hlo import Collective

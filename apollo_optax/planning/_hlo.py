@@ -69,12 +69,13 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind in one step.
+    """The collectives of one kind in one step.
 
     Attributes:
-      count: How often they run, those in loops once a trip.
-      bytes: Bytes of a device's arrays in them, the larger of what it hands in and what it receives
-        of each. What travels over the links is up to twice that, by the algorithm.
+      count: How often they run. A collective in a loop counts once per trip.
+      bytes: The bytes of a device's arrays: for each collective, the larger of what the device
+        hands in and what it receives. Up to twice as many bytes travel over the links, depending on
+        the algorithm.
     """
 
     count: int

@@ -1,4 +1,4 @@
-"""The largest batch that fits a target."""
+"""The search for the largest batch that fits a target."""
 
 import dataclasses
 import math
@@ -11,14 +11,15 @@ from apollo_optax.planning._targets import Target
 
 @dataclasses.dataclass(frozen=True)
 class LargestBatch:
-    """What `largest_batch` found.
+    """The result of `largest_batch`.
 
     Attributes:
-      batch: The largest batch that fits; 0 if none does.
-      plan: Its plan; None if none fits.
-      next_plan: The plan of the smallest batch found not to fit; None if the limit still fits.
-      plans: Those of all batches that were tried. The one with the highest bound on throughput need
-        not be the largest: near its capacity a chip's compiler computes some things twice.
+      batch: The largest batch that fits, or 0 if none does.
+      plan: The plan of that batch, or None if no batch fits.
+      next_plan: The plan of the smallest batch found not to fit, or None if the limit still fits.
+      plans: The plans of all batches that were tried. The batch with the highest bound on
+        throughput need not be the largest. Near the capacity of a chip its compiler computes some
+        things twice.
     """
 
     batch: int
@@ -35,15 +36,17 @@ def largest_batch(
     limit: int = 65536,
     **options: Any,
 ) -> LargestBatch:
-    """Searches the largest batch that fits.
+    """Searches for the largest batch that fits.
 
-    Peaks grow nearly in line with the batch, so that a line through two finds it in about four
-    compilations; bisection in between bounds their number for those that do not.
+    The peak grows nearly linearly with the batch. A line through two peaks finds the batch in about
+    four compilations. Bisection in between bounds the number of compilations for other peaks.
 
     Args:
       target: As for `compile_for`.
-      build: Makes the step and its arguments for a batch: `batch -> (step, args)`.
-      multiple_of: Batches tried are multiples of it, such as the devices that share a batch.
+      build: A function that returns the step and its arguments for a batch,
+        `batch -> (step, args)`.
+      multiple_of: A divisor of all batches that are tried, such as the number of devices that share
+        a batch.
       limit: The largest batch to try.
       **options: As for `compile_for`: `donate_argnums`, `mesh`, ...
 
@@ -51,7 +54,7 @@ def largest_batch(
       The batch, its plan, and the plan of the next one that does not fit.
 
     Raises:
-      ValueError: if `multiple_of` is not positive or the limit is below it.
+      ValueError: If `multiple_of` is not positive, or the limit is below `multiple_of`.
 
     >>> import jax
     >>> def build(batch):

@@ -1,4 +1,4 @@
-"""What a step needs on a target, as its compiler has it."""
+"""The needs of a step on a target, as the target's compiler states them."""
 
 import contextlib
 import dataclasses
@@ -35,40 +35,43 @@ from apollo_optax.planning._targets import (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step needs on a device of a target. All bytes are those of one device.
+    """The needs of a step on one device of a target. All bytes are those of one device.
 
     Attributes:
-      target: The target's name.
-      device_count: Devices the step was compiled for.
+      target: The name of the target.
+      device_count: The number of devices that the step was compiled for.
       fits: Whether the compiler took the program and `peak_bytes` is within `capacity_bytes`.
-      peak_bytes: Arguments + outputs - aliases + temporaries. Of a program that a TPU's compiler
-        refuses, what it says the program needs, to two decimals of its unit; arguments that are
-        dead early come on top.
-      capacity_bytes: What a program may use; see `Target.capacity_bytes`.
-      argument_bytes: Arguments: parameters, optimizer state, batch.
-      output_bytes: Outputs, those in the place of a donated argument too.
-      alias_bytes: Outputs in the place of a donated argument.
-      temporary_bytes: What lives only within the step: gradients, activations.
-      collectives: By kind.
-      flops: Operations of matrix products and convolutions, those in loops once a trip. Those of a
-        kernel are not known.
-      hbm_bytes: Bytes that the program's instructions read from and write to memory, those in loops
-        once a trip. On a GPU an estimate: what its cache saves is not known.
+      peak_bytes: Arguments + outputs - aliases + temporaries. If a TPU's compiler refuses the
+        program, this is the need that the compiler states, to two decimals of its unit; arguments
+        that are dead early come on top.
+      capacity_bytes: The bytes that a program may use, as in `Target.capacity_bytes`.
+      argument_bytes: The arguments: parameters, optimizer state and batch.
+      output_bytes: The outputs, with those that take the place of a donated argument.
+      alias_bytes: The outputs that take the place of a donated argument.
+      temporary_bytes: The buffers that live within the step only: gradients and activations.
+      collectives: The collectives, by kind.
+      flops: The operations of matrix products and convolutions. Those in a loop count once per
+        trip. The operations of a kernel are not known.
+      hbm_bytes: The bytes that the program's instructions read from memory and write to it. Those
+        in a loop count once per trip. On a GPU this is an estimate, since the savings of the cache
+        are not known.
       compute_seconds: `flops` at the chip's peak for the dtype of each product.
-      memory_seconds: Bytes of the arguments that the step reads and of the results that it writes,
-        less what a cache may hold of them, at the peak of the chip's memory. They cross however
-        well the rest is fused; `hbm_bytes` over that peak is an estimate, and no bound.
-      collective_seconds: What the collectives send, or receive, at the peak of a device's links, of
-        the slowest kind of link.
-      loops: Trips of each loop, None for a loop whose trips the program does not tell.
-      refusal: The compiler's words if it refused the program.
+      memory_seconds: The arguments that the step reads and the results that it writes, at the peak
+        of the chip's memory. The bytes that a cache may hold are taken off. These bytes cross
+        however well the rest is fused; `hbm_bytes` over that peak is an estimate, and no bound.
+      collective_seconds: The bytes that the collectives send or receive, at the peak of a device's
+        links, for the slowest kind of link.
+      loops: The trips of each loop. None stands for a loop whose trips the program does not state.
+      refusal: The compiler's message if it refused the program.
 
-    Seconds are lower bounds for this program, of peaks that no program reaches: they say how fast a
-    step cannot be, never how fast it is. `planning._roofline` has what they leave out.
+    The seconds are lower bounds for this program, at peaks that no program reaches. They say how
+    fast a step cannot be, never how fast it is. `planning._roofline` says what the bounds leave
+    out.
 
-    A field is None where it is not known: `flops` and `hbm_bytes` with a loop whose trips the
-    program does not tell, seconds on local devices, all that is read off the text of the program
-    where the compiler gives none, and all but `argument_bytes` of a program that it refuses.
+    A field is None where its value is not known: `flops` and `hbm_bytes` if the program does not
+    state the trips of a loop, the seconds on local devices, all that is read from the text of the
+    program if the compiler gives none, and all but `argument_bytes` if the compiler refuses the
+    program.
     """
 
     target: str
@@ -91,31 +94,31 @@ class Plan:
 
     @property
     def collective_bytes(self) -> int | None:
-        """Bytes of all collectives."""
+        """The bytes of all collectives."""
         if self.collectives is None:
             return None
         return sum(collective.bytes for collective in self.collectives.values())
 
     @property
     def step_seconds_at_least(self) -> float | None:
-        """The largest of the three bounds, if all else is behind it; None if they are not known."""
+        """The largest of the three bounds. The other two may overlap with it. None if unknown."""
         seconds = self._seconds()
         return max(seconds.values()) if seconds else None
 
     @property
     def step_seconds_without_overlap(self) -> float | None:
-        """Their sum: the bound for a step that does one of the three after the other."""
+        """The sum of the three bounds, for a step that overlaps nothing."""
         seconds = self._seconds()
         return sum(seconds.values()) if seconds else None
 
     @property
     def limited_by(self) -> str | None:
-        """Which bound is the largest: `"compute"`, `"memory"` or `"links"`."""
+        """The name of the largest bound: `"compute"`, `"memory"` or `"links"`."""
         seconds = self._seconds()
         return max(seconds, key=seconds.__getitem__) if seconds else None
 
     def tokens_per_second_at_most(self, tokens: int) -> float | None:
-        """The bound on throughput of a step that takes so many tokens, of all devices together."""
+        """The bound on throughput of all devices together, for a step of `tokens` tokens."""
         seconds = self.step_seconds_at_least
         return tokens / seconds if seconds else None
 
@@ -147,7 +150,7 @@ def compile_for(
     mesh: Mesh | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Compiles a step for a target and says what it needs there.
+    """Compiles a step for a target and returns what the step needs there.
 
     >>> step = lambda weights, gradient: weights - 0.1 * gradient
     >>> weights = jax.ShapeDtypeStruct((1024, 256), "float32")
@@ -156,27 +159,30 @@ def compile_for(
     (2097152, 1048576, True)
 
     Args:
-      target: Where it is to run, such as `"tpu-v5e:16x16"`; see `parse_target`.
-      step: A function, jitted or not. A jitted one keeps its own options if none is given here.
-      *args: Its arguments: `jax.ShapeDtypeStruct`s, or arrays, which are taken as such. Shardings
-        are over the mesh of `mesh_for(target, ...)`; an argument without one is replicated.
-      donate_argnums: As for `jax.jit`: donate what the step replaces, or it counts twice.
+      target: The chips to compile for, such as `"tpu-v5e:16x16"`, as in `parse_target`.
+      step: A function, jitted or not. A jitted function keeps its own options if none is given
+        here.
+      *args: The arguments of the step, `jax.ShapeDtypeStruct`s or arrays. Only the shapes of arrays
+        are used. Shardings are over the mesh of `mesh_for(target, ...)`. An argument without a
+        sharding is replicated.
+      donate_argnums: As for `jax.jit`. Donate the arguments that the step replaces; otherwise they
+        count twice.
       static_argnums: As for `jax.jit`.
       in_shardings: As for `jax.jit`, instead of shardings on the arguments.
       out_shardings: As for `jax.jit`.
       mesh: The mesh that is set while the step is traced, for steps that name axes only:
         `PartitionSpec`s, `AxisType.Explicit`.
-      compiler_options: XLA's, over what planning itself needs.
+      compiler_options: Options of XLA. They take precedence over those of the planner.
 
     Returns:
-      A plan, also if the step does not fit.
+      The plan, also if the step does not fit.
 
     Raises:
-      ImportError: if the target's compiler is not installed.
-      ValueError: for an unknown target, or shardings over other devices than the target's.
+      ImportError: If the target's compiler is not installed.
+      ValueError: If the target is unknown, or shardings are over devices of another target.
 
     Warns:
-      UserWarning: if nothing is donated though half of the arguments' bytes or more could be.
+      UserWarning: If no argument is donated although half of their bytes or more could be.
     """
     target = parse_target(target)
     options = {

@@ -1,16 +1,18 @@
-"""Names of chips and slices, what they are, their devices, absent or not, and meshes of them.
+"""The chips and slices that a step can be compiled for: names, facts, devices and meshes.
 
-The tables hold facts: the vendors' data sheets, what a CUDA program reads from the driver, and what
-the TPU compiler calls available. Where they differ from the number in a chip's name, they count.
+The tables hold facts: the vendors' data sheets, the numbers that a CUDA program reads from the
+driver, and the memory that the TPU compiler calls available. These facts count where they differ
+from the number in a chip's name.
 
-Rates are peaks, of one direction where a link has two:
+Rates are peaks. Of a link with two directions, they are the rate of one direction:
 
-- TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. What the network of a v4 host carries
-  is not on its page; the figure is that of the fastest of the others.
-- Operations of GPUs: those of a multiprocessor in a clock, as in NVIDIA's white papers on the
-  architectures, at the highest clock. That gives an A100's data sheet, 312 teraflops in bfloat16,
-  and 8% more than an H100's 989, which are at a lower clock.
-- Links: the data sheets' NVLink or PCI Express, and the InfiniBand of a DGX, a card a GPU.
+- TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. The page of v4 does not give the rate
+  of a host's network. The table has the rate of the fastest other host.
+- Operations of GPUs: the operations of a multiprocessor per clock cycle, as in NVIDIA's white
+  papers on the architectures, at the highest clock. The product is 312 teraflops in bfloat16 for an
+  A100, as in the data sheet, and 8% more than the 989 of an H100, which are at a lower clock.
+- Links: NVLink or PCI Express as in the data sheets, and the InfiniBand of a DGX with one card for
+  each GPU.
 """
 
 import contextlib
@@ -197,10 +199,11 @@ class Target:
     """Devices to compile for, made by `parse_target`.
 
     Attributes:
-      name: As given, such as `"a100-80gb:8"`.
+      name: The name as given, such as `"a100-80gb:8"`.
       chip: A key of the tables of TPUs or GPUs, `"cpu"` or `"local"`.
-      shape: Chips along each axis of a TPU slice, or `(count,)`; `()` is every local device.
-      slices: TPU slices, joined by the data-center network.
+      shape: The number of chips along each axis of a TPU slice, or `(count,)`. `()` stands for
+        every local device.
+      slices: The number of TPU slices, which the data-center network joins.
     """
 
     name: str = field(compare=False)
@@ -227,11 +230,12 @@ class Target:
 
     @property
     def capacity_bytes(self) -> int:
-        """Memory of a device that a program may use.
+        """The memory of a device that a program may use, in bytes.
 
-        A TPU: what its compiler calls available, such as 15.75 of v5e's 16 GiB. A GPU: 0.95 of what
-        a CUDA program sees, which JAX hands out with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. A local
-        accelerator: the limit of its allocator. A local CPU: the physical memory, shared evenly.
+        For a TPU this is the memory that the compiler calls available, such as 15.75 of v5e's 16
+        GiB. For a GPU it is 0.95 of the memory that a CUDA program sees; JAX hands out as much with
+        XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. For a local accelerator it is the limit of the
+        allocator. Local CPU devices share the physical memory evenly.
 
         >>> parse_target("tpu-v5e:4x4").capacity_bytes / 2**30
         15.75
@@ -292,8 +296,8 @@ def parse_target(target: str | Target) -> Target:
     - `cpu:8`: the first 8 CPU devices of this process; `cpu`: one; `local`: all of `jax.devices()`.
 
     Raises:
-      ValueError: for an unknown chip, naming the nearest known ones; a shape that no slice has; a
-        number that no host has.
+      ValueError: If the chip is unknown (the message names the nearest known ones), or no slice
+        has the shape, or no host has the number of chips.
 
     >>> parse_target("tpu-v5p:8x8x8")
     Target(name='tpu-v5p:8x8x8', chip='tpu-v5p', shape=(8, 8, 8), slices=1)
@@ -384,23 +388,24 @@ def mesh_for(
     *,
     axis_types: tuple[jax.sharding.AxisType, ...] | None = None,
 ) -> Mesh:
-    """A mesh over a target's devices, for the shardings of a step's arguments.
+    """Returns a mesh over a target's devices, for the shardings of a step's arguments.
 
-    The axes are laid out along the links of a TPU slice as `jax.make_mesh` does. Over several
-    slices, the first axis is the one that crosses between them.
+    The axes follow the links of a TPU slice, as with `jax.make_mesh`. With several slices, the
+    first axis crosses between them.
 
     >>> mesh_for("cpu", {"data": 1, "model": 1}).axis_names
     ('data', 'model')
 
     Args:
       target: As for `compile_for`.
-      axis_sizes: The mesh's axes and their sizes, which multiply to the target's devices.
-      axis_types: Those of `jax.sharding.Mesh`; automatic if None.
+      axis_sizes: The axes of the mesh and their sizes. The product of the sizes is the number of
+        devices of the target.
+      axis_types: The axis types, as in `jax.sharding.Mesh`. None means automatic axes.
 
     Raises:
-      ImportError: if the target's compiler is not installed.
-      ValueError: if the sizes do not multiply to the number of devices, or the first is not a
-        multiple of the slices.
+      ImportError: If the target's compiler is not installed.
+      ValueError: If the product of the sizes is not the number of devices, or the first size is not
+        a multiple of the number of slices.
     """
     target = parse_target(target)
     devices = devices_of(target)

@@ -253,11 +253,11 @@ def _name(config: PlanConfig) -> str:
 def _readable(config: PlanConfig, report: dict[str, Any]) -> str:
     def gib(name: str) -> str:
         value = report[name]
-        return "not told" if value is None else f"{value / 2**30:8.2f} GiB"
+        return "unknown" if value is None else f"{value / 2**30:8.2f} GiB"
 
     lines = [
         f"{_name(config)}, {config.optimizer}, {config.weights} weights, {config.update} "
-        f"update, {config.batch} x {config.sequence} tokens a device on {config.device}",
+        f"update, {config.batch} x {config.sequence} tokens per device on {config.device}",
         "",
         f"weights      {gib('weight_bytes')}",
         f"arguments    {gib('argument_bytes')}   weights, optimizer state, batch",
@@ -266,17 +266,17 @@ def _readable(config: PlanConfig, report: dict[str, Any]) -> str:
         f"capacity     {gib('capacity_bytes')}   {'fits' if report['fits'] else 'DOES NOT FIT'}",
     ]
     if report["collective_bytes"]:
-        lines.append(f"collectives  {gib('collective_bytes')}   a step")
+        lines.append(f"collectives  {gib('collective_bytes')}   per step")
     if report["limited_by"]:
         lines.append(
             f"bound        {report['tokens_per_second_at_most']:,.0f} tokens/s at most, limited by "
             f"{report['limited_by']}; a step takes {report['step_seconds_at_least']:.3g} s or more"
         )
     if "largest_batch" in report:
-        lines.append(f"largest batch that fits: {report['largest_batch']} sequences a device")
+        lines.append(f"largest batch that fits: {report['largest_batch']} sequences per device")
         if batch := report["best_bound_batch"]:
             best = f"{report['best_bound_tokens_per_second']:,.0f} tokens/s at most"
-            lines.append(f"best bound of those tried: {best}, with {batch} sequences")
+            lines.append(f"best bound of the batches tried: {best}, with {batch} sequences")
     return "\n".join(lines)
 
 

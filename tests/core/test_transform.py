@@ -10,7 +10,14 @@ import optax
 import pytest
 
 import apollo_optax
-from apollo_optax import ApolloDimensionNumbers, apollo, limit_norm_growth, scale_by_apollo, svd
+from apollo_optax import (
+    ApolloDimensionNumbers,
+    apollo,
+    limit_norm_growth,
+    scale_by_apollo,
+    scale_by_swan,
+    svd,
+)
 from apollo_optax._matrices import matrix_axes, project
 
 STACKED = ApolloDimensionNumbers(-2, -1)
@@ -543,6 +550,14 @@ def test_bad_projections_are_refused_at_init(result, error, match):
 def test_leaves_that_are_not_real_floating_are_refused_at_init(tx, dtype):
     with pytest.raises(TypeError, match="inner/w has dtype .*allowed are real floating"):
         tx.init({"inner": {"w": jnp.zeros((6, 9), dtype)}})
+
+
+@pytest.mark.parametrize("tx", [scale_by_apollo(4), scale_by_swan()])
+def test_gradients_that_are_not_real_floating_are_refused(tx):
+    params = {"inner": {"w": jnp.zeros((6, 9))}}
+    gradients = {"inner": {"w": jnp.ones((6, 9), jnp.int32)}}
+    with pytest.raises(TypeError, match="inner/w has dtype int32; allowed are real floating"):
+        tx.update(gradients, tx.init(params), params)
 
 
 def test_limiter_alone_matches_its_definition():
