@@ -7,7 +7,7 @@ Times the update alone, compiled and in place, of all matrices of LLaMA-60M and 
 leaf each: those of Optax and this package by JAX, and where they are installed PyTorch's fused
 AdamW and `apollo-torch`, which is under CC-BY-NC. Optimizers take turns in another order each time,
 so that a machine's drift and what the last one left meet them all; medians. Writes
-`results/step_time.json`; ten minutes. `--model` and `--rounds` are for a chip of your own.
+`results/step_time.json`; twenty minutes. `--model` and `--rounds` are for a chip of your own.
 
 `apollo-torch` draws a projection once in 200 steps and keeps it; this package draws it in every
 step and keeps nothing.
