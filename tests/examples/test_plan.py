@@ -9,7 +9,7 @@ import pytest
 from apollo_optax import planning, quantization
 from examples.llama import model
 from examples.llama.config import MODELS, parameter_count
-from examples.llama.plan import PlanConfig, main, plan_step
+from examples.llama.plan import PlanConfig, asked, main, plan_step, weight_bytes
 
 pytestmark = pytest.mark.optimized
 
@@ -39,9 +39,10 @@ def test_a_configuration_is_planned_in_place_of_a_named_model(
     given = sizes | {"model_type": "mistral", "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(given))
     weights = 64 * 32 + 2 * (2 * 32 * (32 + 16) + 3 * 32 * 48 + 2 * 32) + 32
-    for load in (tmp_path, tmp_path / "config.json"):
-        report = planned(capsys, "--load", str(load), "--weights", "f32")
-        assert (report["weight_bytes"], report["model"]) == (4 * weights, None)
+    assert weight_bytes(PlanConfig(load=tmp_path, weights="f32")) == 4 * weights
+    load = tmp_path / "config.json"
+    assert weight_bytes(PlanConfig(load=load, weights="f32")) == 4 * weights
+    assert asked(PlanConfig(load=load))["model"] is None
     assert main([*SMALL, "--load", str(tmp_path), "--weights", "f32"]) == 0
     output = capsys.readouterr().out
     assert f"{weights:,} parameters, planned as a LLaMA although it has model_type 'mi" in output
