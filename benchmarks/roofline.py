@@ -205,14 +205,8 @@ def _loss_program(gradient: bool) -> Program:
     loss = train.make_loss(_MODEL, dtype=jnp.float32, remat=False)
     params = model.init_params(_MODEL, 0)
     if gradient:
-        return (
-            (lambda _, *args: jax.grad(loss)(*args)),
-            jax.tree.map(jnp.copy, params),
-            (
-                params,
-                _tokens(),
-            ),
-        )
+        carry = jax.tree.map(jnp.copy, params)
+        return (lambda _, *args: jax.grad(loss)(*args)), carry, (params, _tokens())
     return (lambda _, *args: loss(*args)), jnp.zeros(()), (params, _tokens())
 
 
