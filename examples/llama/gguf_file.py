@@ -175,7 +175,10 @@ class GgufFile:
         settings["rope_theta"] = float(f"{settings['rope_theta']:.7g}")
         width = self._field("llama.attention.key_length", None)
         settings["head_dim"] = width or settings["hidden_size"] // heads
-        settings["vocab_size"] = int(self._tensors["token_embd.weight"].shape[1])
+        embedding = _TENSOR_NAMES["model.embed_tokens.weight"]
+        if embedding not in self._tensors:
+            raise ValueError(f"{self.path} has no tensor {embedding}; a LLaMA model has it")
+        settings["vocab_size"] = int(self._tensors[embedding].shape[1])
         settings["tie_word_embeddings"] = "output.weight" not in self._tensors
         for name in ("bos", "eos"):
             settings[f"{name}_token_id"] = self._field(f"tokenizer.ggml.{name}_token_id", None)

@@ -4,7 +4,6 @@ The forms are those of Hugging Face's TRL: `messages`, or `prompt` and `completi
 or as messages: https://huggingface.co/docs/trl/dataset_formats.
 """
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -159,6 +158,9 @@ def _turns(messages: Any, where: str, *, learn: bool) -> tuple[Turn, ...]:
 class ChatTemplate:
     """A tokenizer's chat template, rendered by Jinja as transformers does.
 
+    Only the date is not given to the template, so that a run that goes on another day reads the
+    same text. Templates that ask for the date have a fixed one in its place.
+
     Args:
       source: The template.
       tokens: What it knows besides the messages, such as `bos_token`.
@@ -178,7 +180,6 @@ class ChatTemplate:
         )
         environment.globals |= {
             "raise_exception": raise_exception,
-            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
             **tokens,
         }
         self._error = jinja2.TemplateError
@@ -194,8 +195,14 @@ class ChatTemplate:
         Args:
           template: The content of `chat_template.jinja`, if there is one.
           settings: That of `tokenizer_config.json`.
+
+        Raises:
+          ValueError: If the settings are not JSON, or the template cannot be read.
         """
-        known = json.loads(settings) if settings else {}
+        try:
+            known = json.loads(settings) if settings else {}
+        except ValueError as error:
+            raise ValueError(f"tokenizer_config.json is not JSON: {error}") from error
         source = template.decode() if template else known.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = {each["name"]: each["template"] for each in source}.get("default")

@@ -42,7 +42,9 @@ class Text(NamedTuple):
         """Eight bytes, in hexadecimal, that change with the training ids; "" for a stream."""
         if isinstance(self.train, grain.IterDataset):
             return ""
-        whole = np.concatenate(self.train) if isinstance(self.train, list) else self.train
+        whole = self.train
+        if isinstance(whole, list):
+            whole = np.concatenate([*whole, [len(example) for example in whole]])
         return hashlib.blake2b(whole.tobytes(), digest_size=8).hexdigest()
 
     def sequences(self, length: int) -> int | None:

@@ -94,7 +94,8 @@ def write_gguf(
         else:
             writer.add_tensor(name, tensor)
 
-    add("token_embd.weight", params["embed"]["embedding"])
+    if "without_table" not in fields:
+        add("token_embd.weight", params["embed"]["embedding"])
     add("output_norm.weight", params["norm"]["scale"])
     if not config.tied:
         add("output.weight", params["lm_head"]["kernel"].T)
@@ -195,6 +196,7 @@ def test_a_gguf_file_is_saved_as_a_folder_with_its_tokenizer_and_template(
     ("fields", "match"),
     [
         ({"architecture": "gemma"}, "architecture 'gemma'; supported is 'llama' alone"),
+        ({"without_table": True}, "has no tensor token_embd.weight; a LLaMA model has it"),
         ({"rope_scaling": "linear"}, "rotary scaling is 'linear'; supported are none and"),
         ({"rope_factors": np.full(8, 2.0, np.float32)}, "rope_freqs.weight are not those of LLaMA"),
     ],

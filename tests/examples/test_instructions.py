@@ -18,7 +18,7 @@ from examples.llama.instructions import (
     parse_example,
 )
 from examples.llama.layered import layered_training
-from examples.llama.text import read_examples
+from examples.llama.text import Text, read_examples
 from examples.llama.tokenizer import load_tokenizer
 from examples.llama.train import make_loss, standard_training
 
@@ -119,6 +119,23 @@ def test_the_template_is_that_of_the_tokenizers_folder() -> None:
         assert found is not None
         assert found.segments(example) == template().segments(example)
     assert ChatTemplate.of_files(None, b"{}") is None
+
+
+def test_an_example_reads_the_same_on_another_day() -> None:
+    source = "{% set date = strftime_now('%d') if strftime_now is defined else '26 Jul 2024' %}"
+    text, _ = learned(chat("hi", "yes"), source + "{{ date }}" + CHATML)
+    assert text.startswith("26 Jul 2024<user>hi#")
+
+
+def test_settings_that_are_not_json_are_named() -> None:
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        ChatTemplate.of_files(None, b"{")
+
+
+def test_the_digest_changes_with_where_an_example_ends() -> None:
+    ids = np.arange(6, dtype=np.int32)
+    one, other = (Text("it", BYTES, [ids[:end], ids[end:]], [ids]).digest for end in (2, 3))
+    assert one != other
 
 
 def test_texts_are_no_examples(tmp_path: Path) -> None:
