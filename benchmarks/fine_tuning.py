@@ -18,24 +18,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import pyarrow
-import qwix
-from flax import nnx
 
 from apollo_optax import planning
 from benchmarks.convergence.search import next_learning_rates, sweep_losses
 from benchmarks.convergence.training import held_out_tokens
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
-from examples.llama import corpus, data, model, tokenizer, train
+from examples.llama import corpus, data, lora, tokenizer, train
 from examples.llama.checkpoint import tree_bytes
 from examples.llama.config import LlamaConfig
 from examples.llama.huggingface import load_llama
-from examples.llama.optimizers import OptimizerSettings, learning_rate_schedule, make_optimizer
+from examples.llama.optimizers import OptimizerSettings, make_optimizer
 
 OUTPUT = RESULTS / "fine_tuning.json"
 COMMAND = "python -m benchmarks.fine_tuning"
@@ -70,87 +67,33 @@ METHODS = {
 }
 
 
-class FineTuning(NamedTuple):
-    """What a run trains.
-
-    Attributes:
-      params: A tree of all parameters.
-      trained: The part of it that is trained.
-      loss: `(params, tokens) -> float32 scalar`.
-      tx: The optimizer of `params`.
-    """
-
-    params: Any
-    trained: Any
-    loss: Callable[[Any, Any], jax.Array]
-    tx: optax.GradientTransformation
-
-
-class _Unrolled(model.Llama):
-    """LLaMA with a module a layer, for qwix, which puts LoRA into modules."""
-
-    def __init__(self, config: LlamaConfig, params: model.Params, rngs: nnx.Rngs):
-        super().__init__(dataclasses.replace(config, num_layers=1), rngs=rngs)
-        self.layers = nnx.List(
-            model.Block(config, param_dtype=jnp.float32, dtype=jnp.float32, rngs=rngs)
-            for _ in range(config.num_layers)
-        )
-        del self.blocks
-        for name in params.keys() - {"blocks"}:
-            nnx.update(getattr(self, name), params[name])
-        for number, block in enumerate(self.layers):
-            nnx.update(block, jax.tree.map(lambda x, i=number: x[i], params["blocks"]))
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed(tokens)
-        for block in self.layers:
-            x = block(x)
-        return self.logits(x)
-
-
 def _settings(method: Method, learning_rate: float, seed: int) -> OptimizerSettings:
     return OptimizerSettings(
         learning_rate=learning_rate, total_steps=STEPS, seed=seed, **method.optimizer
     )
 
 
-def prepare(
-    method: Method, settings: OptimizerSettings, config: LlamaConfig, params: model.Params
-) -> FineTuning:
-    """Returns what a method trains, from the weights of the checkpoint."""
-    if not method.lora_rank:
-        loss = train.make_loss(config, dtype=jnp.float32, remat=False)
-        return FineTuning(params, params, loss, make_optimizer(settings))
-    rank = method.lora_rank
-    provider = qwix.LoraProvider(module_path=".*_proj", rank=rank, alpha=2.0 * rank)
-    lora_model = qwix.apply_lora_to_model(
-        _Unrolled(config, params, nnx.Rngs(0)),
-        provider,
-        jnp.zeros((1, SEQUENCE_LENGTH), jnp.int32),
-        rngs=nnx.Rngs(settings.seed),
+def training_of(
+    method: Method, settings: OptimizerSettings, config: LlamaConfig, *, micro_batches: int = 1
+) -> train.Training:
+    """Returns how a method trains the parameters of a checkpoint."""
+    make: Callable[..., train.Training] = train.standard_training
+    if method.lora_rank:
+        make = functools.partial(lora.lora_training, rank=method.lora_rank)
+    return make(
+        config,
+        make_optimizer(settings),
+        dtype=jnp.float32,
+        micro_batches=micro_batches,
+        seed=settings.seed,
     )
-    parts: Any = nnx.split(lora_model, nnx.LoRAParam, nnx.Param, ...)
-    graph, lora, frozen, other = parts
-
-    def lora_loss(params: Any, tokens: jax.Array) -> jax.Array:
-        frozen = jax.lax.stop_gradient(params["frozen"])
-        logits = nnx.merge(graph, params["lora"], frozen, other)(tokens[:, :-1])
-        return jnp.mean(model.cross_entropy(logits, tokens[:, 1:]))
-
-    tx = optax.partition(
-        {"trained": optax.adamw(learning_rate_schedule(settings), weight_decay=0.0)}
-        | {"frozen": optax.set_to_zero()},
-        {"lora": "trained", "frozen": "frozen"},
-    )
-    return FineTuning({"lora": lora, "frozen": frozen}, lora, lora_loss, tx)
 
 
-def _peak_bytes(tuning: FineTuning) -> int:
-    """Peak of one step on a CPU by its compiler, of the whole batch at once."""
-    step = train.make_train_step(tuning.loss, tuning.tx)
-    state = jax.eval_shape(functools.partial(train.init_state, tuning.tx), tuning.params)
+def _peak_bytes(training: train.Training, params: Any) -> int:
+    """Peak of one step on a CPU by its compiler."""
+    state = jax.eval_shape(training.init_state, params)
     tokens = jax.ShapeDtypeStruct((SEQUENCES, SEQUENCE_LENGTH + 1), jnp.int32)
-    return planning.compile_for("cpu", step, state, tokens, donate_argnums=0).peak_bytes
+    return planning.compile_for("cpu", training.step, state, tokens, donate_argnums=0).peak_bytes
 
 
 def _token_ids(texts: corpus.Corpus) -> tuple[Any, Any]:
@@ -169,27 +112,27 @@ def fine_tune(name: str, learning_rate: float, seed: int) -> Row:
       None if it diverged; `trained_parameters`; `state_bytes` of the optimizer; `peak_bytes` of a
       step; `seconds`.
     """
-    settings = _settings(METHODS[name], learning_rate, seed)
+    method, settings = METHODS[name], _settings(METHODS[name], learning_rate, seed)
     config, params = load_llama(BASE)
-    tuning = prepare(METHODS[name], settings, config, params)
+    training = training_of(method, settings, config, micro_batches=_MICRO_BATCHES)
     train_ids, held_out = _token_ids(corpus.load_corpus(pyarrow.get_include()))
     python = _token_ids(corpus.load_corpus())[1]
     batches = data.token_batches(
         train_ids, sequence_length=SEQUENCE_LENGTH, batch_size=SEQUENCES, seed=seed
     )
-    step = train.make_train_step(tuning.loss, tuning.tx, micro_batches=_MICRO_BATCHES, seed=seed)
-    loss, evaluation = jax.jit(tuning.loss), held_out_tokens(held_out, EVALUATION_BATCHES)
+    loss, evaluation = jax.jit(training.loss), held_out_tokens(held_out, EVALUATION_BATCHES)
     row: Row = {"trial": name, "learning_rate": learning_rate, "seed": seed}
     row["settings"] = dataclasses.asdict(settings)
-    row["lora_rank"] = METHODS[name].lora_rank
-    row["loss_before"] = train.mean_loss(loss, tuning.params, evaluation)
-    row["trained_parameters"] = sum(leaf.size for leaf in jax.tree.leaves(tuning.trained))
-    row["peak_bytes"] = _peak_bytes(tuning)
-    state = train.init_state(tuning.tx, jax.tree.map(jnp.copy, tuning.params))
+    row["lora_rank"] = method.lora_rank
+    row["peak_bytes"] = _peak_bytes(training_of(method, settings, config), params)
+    state = training.init_state(params)
+    trained = state.params["lora"] if method.lora_rank else state.params
+    row["trained_parameters"] = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    row["loss_before"] = train.mean_loss(loss, state.params, evaluation)
     row["state_bytes"] = tree_bytes(state.opt_state)
     began = time.perf_counter()
     for _ in range(STEPS):
-        state, _ = step(state, next(batches)["tokens"])
+        state, _ = training.step(state, next(batches)["tokens"])
     for key, held in (
         ("validation_loss", evaluation),
         ("loss_on_python", held_out_tokens(python, EVALUATION_BATCHES)),

@@ -11,7 +11,6 @@ run is a process of its own, whose peak of memory is recorded. Adds a row a run 
 
 import argparse
 import dataclasses
-import functools
 import math
 import resource
 import statistics
@@ -29,7 +28,7 @@ import optax
 
 from benchmarks import fine_tuning
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
-from examples.llama import corpus, data, layered, model, tokenizer, train
+from examples.llama import corpus, data, layered, tokenizer, train
 from examples.llama.checkpoint import tree_bytes
 from examples.llama.config import LlamaConfig
 from examples.llama.huggingface import checkpoint_file, describe_llama, load_llama
@@ -149,10 +148,8 @@ def _optimizer(settings: OptimizerSettings, trial: Trial) -> optax.GradientTrans
     )
 
 
-def training_of(
-    method: Method, trial: Trial, config: LlamaConfig, params: model.Params | None = None
-) -> tuple[train.Training, Any]:
-    """Returns how a trial trains, and the parameters for it, of the checkpoint's or None."""
+def training_of(method: Method, trial: Trial, config: LlamaConfig) -> train.Training:
+    """Returns how a trial trains the parameters of the checkpoint."""
     settings = OptimizerSettings(
         learning_rate=trial.learning_rate,
         total_steps=STEPS,
@@ -160,24 +157,13 @@ def training_of(
         **method.optimizer,
     )
     if method.lora_rank:
-        assert params is not None
-        tuning = fine_tuning.prepare(method, settings, config, params)
-        return train.Training(
-            train.unchanged,
-            functools.partial(train.init_state, tuning.tx),
-            train.make_train_step(tuning.loss, tuning.tx, seed=trial.seed),
-            tuning.loss,
-            lambda params, tokens: jnp.zeros(()),
-            train.unchanged,
-        ), tuning.params
+        return fine_tuning.training_of(method, settings, config)
     tx = _optimizer(settings, trial)
     if method.int8:
-        made = layered.layered_training(
+        return layered.layered_training(
             config, tx, weights="int8", dtype=jnp.float32, seed=trial.seed
         )
-    else:
-        made = train.standard_training(config, tx, dtype=jnp.float32, seed=trial.seed)
-    return made, params
+    return train.standard_training(config, tx, dtype=jnp.float32, seed=trial.seed)
 
 
 def evaluation(ids: np.ndarray) -> list[np.ndarray]:
@@ -204,16 +190,13 @@ def run(name: str, trial: Trial, load: Path) -> Row:
     assert content is not None
     tokens = tokenizer.read_tokenizer(content, str(load))
     perl, python = corpus.load_corpus(str(TEXT)), corpus.load_corpus()
-    train_ids = data.encode_documents(perl.train, tokens)
+    # A tenth of the modules is forty times what a run reads.
+    train_ids = data.encode_documents(perl.train[::10], tokens)
     held_out = [
         evaluation(data.encode_documents(texts.validation, tokens)) for texts in (perl, python)
     ]
-    if method.lora_rank:
-        _, params = load_llama(load)
-        training, params = training_of(method, trial, config, params)
-    else:
-        training, _ = training_of(method, trial, config)
-        _, params = load_llama(load, convert=training.keep)
+    training = training_of(method, trial, config)
+    _, params = load_llama(load, convert=training.keep)
     batches = data.token_batches(
         train_ids, sequence_length=SEQUENCE_LENGTH, batch_size=SEQUENCES, seed=trial.seed
     )
@@ -303,7 +286,9 @@ def main() -> None:
     began = time.monotonic()
     while time.monotonic() - began < 60 * options.minutes:
         rows = read_rows(options.output)
-        wanted = [(n, t) for n in options.method for t in next_trials(METHODS[n], losses_of(rows, n))]
+        wanted = [
+            (n, t) for n in options.method for t in next_trials(METHODS[n], losses_of(rows, n))
+        ]
         if not wanted:
             break
         # The method with the fewest rows first, so that there is something of each.

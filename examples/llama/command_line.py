@@ -100,7 +100,9 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(["batch", "sequence", "micro_batches", "steps", "rank"], _COUNT),
     **dict.fromkeys(["most_skipped", "evaluate_every", "evaluation_batches"], _COUNT),
     **dict.fromkeys(["keep", "log_every", "process_timeout", "update_proj_gap"], _COUNT),
-    **dict.fromkeys(["spike_limit", "weight_decay", "clip", "checkpoint_every"], _NOT_NEGATIVE),
+    **dict.fromkeys(
+        ["spike_limit", "weight_decay", "clip", "checkpoint_every", "lora"], _NOT_NEGATIVE
+    ),
     **dict.fromkeys(["norm_growth_limit", "sample_length", "temperature"], _NOT_NEGATIVE),
     **dict.fromkeys(["warmup_fraction", "momentum"], _FRACTION),
     **dict.fromkeys(["learning_rate", "vocabulary_learning_rate"], _POSITIVE),

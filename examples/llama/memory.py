@@ -31,7 +31,7 @@ class Needed(NamedTuple):
     Attributes:
       weights: As they are trained.
       optimizer_state: What the optimizer keeps of a step for the next.
-      gradients: Of all weights, or of one layer with `--update layerwise`.
+      gradients: Of all weights that are trained, or of one layer with `--update layerwise`.
       activations: The inputs of all layers and, unless layer by layer, the logits.
     """
 
@@ -66,6 +66,8 @@ def needed_bytes(run: Run) -> Needed:
         # Those of several micro-batches are summed in float32.
         wide = 4 / _BYTES[settings.weights] if settings.micro_batches > 1 else 1
         gradients = weights * wide
+        if settings.lora:
+            gradients = bytes_on_a_device(state.params["lora"])
         activations += tokens * shape.vocab_size / sizes.get("tensor", 1) * 4
     return Needed(weights, bytes_on_a_device(state.opt_state), int(gradients), int(activations))
 
@@ -111,14 +113,18 @@ def advice(settings: RunSettings) -> str:
     --mesh'
     """
     standard = settings.update == "standard"
+    all_trained = not settings.lora
     flags = {
         f"--micro-batches {settings.batch}": standard and settings.micro_batches < settings.batch,
         "a smaller --batch": not standard and settings.batch > 1,
         "--remat": standard and not settings.remat,
-        "--update layerwise": standard and settings.optimizer.name not in ("galore", "adafactor"),
+        "--update layerwise": standard
+        and all_trained
+        and settings.optimizer.name not in ("galore", "adafactor"),
         "--weights bf16": settings.weights == "f32",
         "--weights int8": not standard and settings.weights == "bf16",
-        "--optimizer apollo_mini": settings.optimizer.name not in ("apollo_mini", "sgd"),
+        "--optimizer apollo_mini": all_trained
+        and settings.optimizer.name not in ("apollo_mini", "sgd"),
     }
     useful = [flag for flag, is_useful in flags.items() if is_useful]
     smaller = "a smaller --sequence or a smaller --model, more devices by --mesh"

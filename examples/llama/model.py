@@ -35,6 +35,7 @@ __all__ = [
     "init_params",
     "logits",
     "rotary_embedding",
+    "scan_layers",
     "token_ids",
 ]
 
@@ -230,7 +231,7 @@ class Llama(nnx.Module):
         def apply(layer: nnx.State, x: Hidden) -> Hidden:
             return nnx.merge(graphdef, layer)(x)
 
-        return self.logits(_scan_layers(apply, stacked, self.embed(tokens), remat=self.remat))
+        return self.logits(scan_layers(apply, stacked, self.embed(tokens), remat=self.remat))
 
     def logits(self, x: Hidden) -> Float[Array, "batch sequence vocab"]:
         """Normalises the residual stream after the last layer and applies the head; float32."""
@@ -328,7 +329,7 @@ def forward(
 ) -> Float[Array, "batch sequence vocab"]:
     """Returns what `Llama(config, dtype=dtype, remat=remat)` with these parameters does."""
     x = embed(config, params, tokens, dtype)
-    x = _scan_layers(functools.partial(block, config), params["blocks"], x, remat=remat)
+    x = scan_layers(functools.partial(block, config), params["blocks"], x, remat=remat)
     return logits(config, params, x)
 
 
@@ -422,9 +423,13 @@ def _leaf_names(params: Params) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
 
-def _scan_layers(
+def scan_layers(
     apply: Callable[[Any, Hidden], Hidden], stacked: Any, x: Hidden, *, remat: bool
 ) -> Hidden:
+    """Runs `apply` of each layer's parameters; they are stacked.
+
+    With `remat`, the backward pass computes the layer again from its input.
+    """
     if remat:
         # Inside a scan there is nothing to merge the recomputation with.
         apply = jax.checkpoint(apply, prevent_cse=False)

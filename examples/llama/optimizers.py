@@ -18,6 +18,7 @@ __all__ = [
     "FINE_TUNING_LEARNING_RATES",
     "FLOAT32_MOMENTS",
     "LEFT_OPEN",
+    "LORA_LEARNING_RATE",
     "OPTIMIZERS",
     "OPTIONS_OF",
     "OptimizerName",
@@ -57,6 +58,10 @@ FINE_TUNING_LEARNING_RATES: dict[str, float] = {
 """Peak learning rates of loaded models. AdamW has its usual 2e-5, a hundredth of the rate of a
 small new model. The others have a hundredth too, except that APOLLO and APOLLO-Mini have the rates
 of the paper's fine-tuning."""
+
+LORA_LEARNING_RATE = 10 * FINE_TUNING_LEARNING_RATES["adamw"]
+"""LoRA's peak learning rate, ten times AdamW's of all parameters, which is QLoRA's (Dettmers et
+al., 2023)."""
 
 FLOAT32_MOMENTS: tuple[OptimizerName, ...] = ("apollo", "apollo_mini", "swan")
 """The optimizers whose moments are float32 for weights of any dtype."""
@@ -186,8 +191,7 @@ def _schedule(settings: OptimizerSettings, peak: float) -> optax.Schedule:
 
 def decayed_leaves(params: PyTree) -> PyTree:
     """Returns the tree of booleans that is true for matrices and false for norms."""
-    specs = apollo_optax.transformer_dimension_numbers(params, project_embeddings=True)
-    return jax.tree.map(lambda _, spec: spec is not None, params, specs)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:

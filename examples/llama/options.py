@@ -29,6 +29,7 @@ from examples.llama.optimizers import (
     DEFAULT_LEARNING_RATES,
     FINE_TUNING_LEARNING_RATES,
     LEFT_OPEN,
+    LORA_LEARNING_RATE,
     OPTIMIZERS,
     OPTIONS_OF,
     OptimizerName,
@@ -104,6 +105,8 @@ class TrainingOptions:
       update: layerwise computes and uses the gradient of one layer at a time, so that no gradient
         of the whole model exists. The step takes far less memory and has the same result. layerwise
         cannot be combined with --clip or --micro-batches, which need all gradients at once.
+      lora: The rank of LoRA. Train thin matrices of this rank beside each matrix in the blocks of a
+        loaded model, instead of all parameters. LoRA needs --optimizer adamw. 0 means no LoRA.
       spike_limit: Skip a step if its loss is this many nats above the mean of about the last 50
         steps. 0 means no limit. Steps whose gradients are not finite, or all zero, are always
         skipped.
@@ -123,6 +126,7 @@ class TrainingOptions:
         LEFT_OUT
     )
     update: Literal["standard", "layerwise"] = "standard"
+    lora: int = 0
     spike_limit: float = 3.0
     seed: int = 0
 
@@ -259,10 +263,26 @@ class RunSettings(TrainingOptions):
                 f"a batch of {self.batch} sequences cannot be divided in {self.micro_batches} "
                 "micro-batches of one size; choose --micro-batches that divides --batch"
             )
+        if self.lora:
+            self._check_lora()
         if self.update == "standard" and self.weights == "int8":
             raise ValueError("int8 weights are trained layer by layer; add --update layerwise")
         if self.update == "layerwise":
             self._check_layerwise()
+
+    def _check_lora(self) -> None:
+        if self.optimizer.name != "adamw":
+            raise ValueError(
+                f"--lora {self.lora} trains thin matrices, whose moments are small, with AdamW, "
+                f"not with {self.optimizer.name}; choose --optimizer adamw, or leave --lora out"
+            )
+        flags = {
+            "--update layerwise": self.update == "layerwise",
+            "--weights int8": self.weights == "int8",
+        }
+        for flag, is_given in flags.items():
+            if is_given:
+                raise ValueError(f"--lora {self.lora} and {flag} exclude each other; choose one")
 
     def _check_layerwise(self) -> None:
         needs_all_gradients = {
@@ -307,6 +327,11 @@ def check_options(config: PretrainConfig) -> None:
             "--load"
         )
     names = compared_optimizers(config)
+    lora = f"--lora {config.training.lora}"
+    if config.training.lora and model.load is None:
+        raise ValueError(f"{lora} trains beside the weights of a loaded model; add --load")
+    if config.training.lora and config.processes.mesh is not None:
+        raise ValueError(f"{lora} trains on one device; leave --mesh out, or --lora")
     for setting, users in OPTIONS_OF.items():
         given = getattr(config.optimizer, setting)
         is_given = given is not None and given is not False
@@ -432,6 +457,8 @@ def _optimizer_settings(
 ) -> OptimizerSettings:
     is_apollo = name in ("apollo", "apollo_mini")
     rates = DEFAULT_LEARNING_RATES if config.model.load is None else FINE_TUNING_LEARNING_RATES
+    if config.training.lora:
+        rates = rates | {"adamw": LORA_LEARNING_RATE}
     is_papers = config.model.preset == "paper" and is_apollo
     alphas = {"apollo": defaults.alpha_apollo, "apollo_mini": defaults.alpha_mini}
     usual = OptimizerSettings(

@@ -69,6 +69,7 @@ class PlanConfig:
       vocabulary: The update rule of the embedding and the head, for apollo, apollo_mini and swan.
       project_embeddings: Project the embedding and the head like the other matrices. The paper
         trains both with Adam.
+      lora: The rank of LoRA, for adamw. 0 means no LoRA.
       largest_batch: Also find the largest batch per device that fits. Of the batches that are
         tried, name the one with the highest bound on tokens per second, too.
       json: Print one JSON object.
@@ -89,6 +90,7 @@ class PlanConfig:
     rank: int | None = None
     vocabulary: VocabularyName = "adam"
     project_embeddings: bool = False
+    lora: int = 0
     largest_batch: bool = False
     json: bool = False
     load: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
@@ -236,6 +238,7 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
         sequence=config.sequence,
         micro_batches=1,
         update=config.update,
+        lora=config.lora,
         spike_limit=None,
         data="",
     )

@@ -35,6 +35,7 @@ from examples.llama.files import filled, write_text
 from examples.llama.generate import generate
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
+from examples.llama.lora import lora_training
 from examples.llama.machine import machine
 from examples.llama.mesh import batch_sharding, devices_dividing_batch, param_shardings
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
@@ -99,6 +100,17 @@ class Run:
         """The way to train that the settings choose."""
         settings = self.settings
         tx, dtype = make_optimizer(settings.optimizer), _DTYPES[settings.compute]
+        if settings.lora:
+            return lora_training(
+                settings.model,
+                tx,
+                rank=settings.lora,
+                dtype=dtype,
+                remat=settings.remat,
+                micro_batches=settings.micro_batches,
+                seed=settings.seed,
+                spike_limit=settings.spike_limit,
+            )
         if settings.update == "layerwise":
             is_float32 = settings.optimizer.name in FLOAT32_MOMENTS
             return layered_training(
@@ -501,7 +513,7 @@ def _result(
     if options.export is not None:
         _export(options.export, run, state.params, text)
     result = RunResult(
-        optimizer=settings.optimizer.name,
+        optimizer=settings.optimizer.name + (f", LoRA {settings.lora}" if settings.lora else ""),
         learning_rate=settings.optimizer.learning_rate,
         steps=settings.steps,
         tokens=settings.steps * settings.tokens_per_step,

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from apollo_optax import Description, describe
 from examples.llama import model
 from examples.llama.config import parameter_count
+from examples.llama.lora import init_lora
 from examples.llama.optimizers import OPTIONS_OF, make_optimizer
 from examples.llama.options import RunSettings
 
@@ -63,11 +64,16 @@ def optimizer_line(settings: RunSettings) -> str:
         if optimizer.name in users and value is not False and value is not None:
             shown = f"{value:.4g}" if isinstance(value, float) else value
             parts.append(name if value is True else f"{name} {shown}")
+    if settings.lora:
+        parts.append(f"LoRA of rank {settings.lora}")
     return f"{optimizer.name}: {', '.join(parts)}"
 
 
 def state_table(settings: RunSettings) -> Description:
     """Returns what the optimizer keeps for each parameter; nothing is allocated."""
+    if settings.lora:
+        lora = jax.eval_shape(lambda: init_lora(settings.model, settings.lora, 0))
+        return describe(lora, make_optimizer(settings.optimizer))
     params = jax.eval_shape(lambda: model.init_params(settings.model, 0))
     forward = functools.partial(model.forward, settings.model)
     tokens = jax.ShapeDtypeStruct((1, settings.sequence), "int32")
@@ -76,8 +82,9 @@ def state_table(settings: RunSettings) -> Description:
 
 def state_line(settings: RunSettings) -> str:
     """Returns the sum of the table."""
-    table = state_table(settings)
-    return f"state    {table.state_bytes:,} bytes, {table.over_adamw:.4f} of AdamW's"
+    state_bytes = state_table(settings).state_bytes
+    over_adamw = state_bytes / (8 * parameter_count(settings.model))
+    return f"state    {state_bytes:,} bytes, {over_adamw:.4f} of AdamW's for all parameters"
 
 
 def _devices(mesh: Mesh | None) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "Training",
     "in_float32",
     "init_state",
+    "loss_of",
     "make_loss",
     "make_train_step",
     "mean_loss",
@@ -139,16 +140,27 @@ def make_loss(config: LlamaConfig, *, dtype: DTypeLike, remat: bool) -> LossFunc
       remat: Whether the backward pass recomputes the blocks' activations.
 
     Returns:
+      As `loss_of` does.
+    """
+    return loss_of(functools.partial(model.forward, config, dtype=dtype, remat=remat))
+
+
+def loss_of(logits: LogitsFunction) -> LossFunction:
+    """Returns the function of parameters and tokens that is the mean loss of a token, in nats.
+
+    Args:
+      logits: A function of parameters and tokens.
+
+    Returns:
       `(params, int32 (batch, sequence + 1)) -> float32 scalar`. A token `~id`, below zero, is
       read as `id` and is no target.
     """
 
-    def loss(params: model.Params, tokens: Tokens) -> Float[Array, ""]:
+    def loss(params: PyTree, tokens: Tokens) -> Float[Array, ""]:
         ids = model.token_ids(tokens)
-        logits = model.forward(config, params, ids[:, :-1], dtype=dtype, remat=remat)
         is_target = tokens[:, 1:] >= 0
-        losses = jnp.where(is_target, model.cross_entropy(logits, ids[:, 1:]), 0.0)
-        return jnp.sum(losses) / jnp.sum(is_target)
+        losses = model.cross_entropy(logits(params, ids[:, :-1]), ids[:, 1:])
+        return jnp.sum(jnp.where(is_target, losses, 0.0)) / jnp.sum(is_target)
 
     return loss
 

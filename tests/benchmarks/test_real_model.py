@@ -1,7 +1,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,8 +49,8 @@ def test_every_method_begins_with_the_checkpoint_and_learns(name: str) -> None:
         model.forward(CONFIG, params, TOKENS[:, :-1]), TOKENS[:, 1:]
     ).mean()
     method = METHODS[name]
-    training, params = training_of(method, Trial(20 * method.start, 2e-3), CONFIG, params)
-    state = training.init_state(training.keep(jax.tree.map(jnp.copy, params)))
+    training = training_of(method, Trial(20 * method.start, 2e-3), CONFIG)
+    state = training.init_state(training.keep(params))
     losses = []
     for _ in range(20):
         state, outcome = training.step(state, TOKENS)

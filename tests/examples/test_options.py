@@ -19,6 +19,7 @@ from examples.llama.options import (
     ModelOptions,
     OutputOptions,
     PretrainConfig,
+    ProcessOptions,
     RunSettings,
     TrainingOptions,
     check_options,
@@ -221,6 +222,7 @@ OUT_OF_RANGE: list[tuple[Any, str]] = [
     (TrainingOptions(sequence=0), "--sequence is 0"),
     (TrainingOptions(micro_batches=0), "--micro-batches is 0"),
     (TrainingOptions(spike_limit=-1.0), "--spike-limit is -1.0"),
+    (TrainingOptions(lora=-1), "--lora is -1; expected at least 0"),
     (optimizer(learning_rate=0.0), "--learning-rate is 0.0; expected a positive number"),
     (optimizer(total_steps=0), "--steps is 0"),
     (optimizer(warmup_fraction=1.0), "--warmup-fraction is 1.0; expected at least 0 and below 1"),
@@ -271,6 +273,29 @@ def test_layerwise_updates_make_no_micro_batches_by_default() -> None:
 def test_what_layerwise_updates_cannot_do_is_refused(name: Any, options: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         resolved(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "match"),
+    [
+        ("apollo", {}, "--lora 4 trains thin matrices.*with AdamW, not with apollo; choose --opt"),
+        ("adamw", {"update": "layerwise"}, "--lora 4 and --update layerwise exclude each other"),
+        ("adamw", {"weights": "int8"}, "--lora 4 and --weights int8 exclude each other"),
+    ],
+)
+def test_what_lora_cannot_do_is_refused(name: str, training: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        fine_tuning(name, training=TrainingOptions(lora=4, **training))
+
+
+def test_lora_needs_a_loaded_model_and_one_device() -> None:
+    lora = TrainingOptions(lora=4)
+    with pytest.raises(ValueError, match="--lora 4 trains beside the weights .*add --load"):
+        check_options(PretrainConfig(training=lora))
+    model, mesh = ModelOptions(load=Path("model")), ProcessOptions(mesh="data=2")
+    with pytest.raises(ValueError, match="--lora 4 trains on one device; leave --mesh out"):
+        check_options(PretrainConfig(model=model, training=lora, processes=mesh))
+    assert fine_tuning("adamw", training=lora).optimizer.learning_rate == pytest.approx(2e-4)
 
 
 def test_int8_weights_need_layerwise_updates() -> None:

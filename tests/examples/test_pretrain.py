@@ -22,6 +22,7 @@ from examples.llama.command_line import parse
 from examples.llama.config import MODELS
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import join_params
+from examples.llama.lora import merged
 from examples.llama.metrics import read_metrics
 from examples.llama.model import init_params
 from examples.llama.optimizers import OPTIMIZERS, OPTIONS_OF
@@ -570,6 +571,24 @@ def test_a_tied_model_is_trained_and_exported_tied(
             metrics(tmp_path / "meshed"), metrics(tmp_path / "alone"), strict=True
         ):
             assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
+def test_lora_is_trained_resumed_and_exported_as_a_model(command: Command, tmp_path: Path) -> None:
+    save_llama(tmp_path / "model", TINY, init_params(TINY, 0))
+    flags = ["--load", str(tmp_path / "model"), "--optimizer", "adamw", "--lora", "2"]
+    flags += ["--learning-rate", "0.2", "--export", str(tmp_path / "tuned")]
+    folder = tmp_path / "run"
+    assert run(command(folder, *flags, "--steps", "3"))[0] == 0
+    assert run(command(folder, *flags, "--resume", "--allow-changes"))[0] == 0
+    first, *_, last = metrics(folder)
+    assert last["validation_loss"] < first["validation_loss"] - 0.03
+    table = (folder / "results.md").read_text()
+    assert "| adamw, LoRA 2 |" in table
+    params = checkpoint(folder)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params["frozen"], load_llama(tmp_path / "model")[1])
+    _, tuned = load_llama(tmp_path / "tuned")
+    jax.tree.map(np.testing.assert_array_equal, tuned, merged(params))
 
 
 def test_conversations_are_trained_on_with_the_template_of_the_loaded_model(
