@@ -27,7 +27,8 @@ import optax
 import apollo_optax
 from apollo_optax import ApolloDimensionNumbers
 from apollo_optax.experimental import pallas_tpu
-from apollo_optax.planning._hlo import hbm_bytes, parse_program
+from apollo_optax.planning._hbm import hbm_bytes
+from apollo_optax.planning._hlo import parse_program
 from apollo_optax.planning._plan import compile_update
 from benchmarks.rows import RESULTS, Row, add_row, read_rows
 from examples.llama.config import MODELS

@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import optax
 
 from apollo_optax.planning import parse_target
-from apollo_optax.planning._hlo import parse_program, read_traffic
+from apollo_optax.planning._collectives import read_traffic
+from apollo_optax.planning._hlo import parse_program
 from apollo_optax.planning._plan import compile_update
 from apollo_optax.planning._roofline import Bounds, bounds, operations
 from apollo_optax.planning._targets import Rates, devices_of, rates_of

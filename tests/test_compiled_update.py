@@ -10,7 +10,8 @@ import pytest
 
 from apollo_optax import ApolloDimensionNumbers, apollo_mini, scale_by_apollo
 from apollo_optax.experimental import pallas_tpu
-from apollo_optax.planning._hlo import hbm_bytes, parse_program
+from apollo_optax.planning._hbm import hbm_bytes
+from apollo_optax.planning._hlo import parse_program
 from apollo_optax.planning._plan import compile_update
 
 pytestmark = pytest.mark.optimized

@@ -2,7 +2,8 @@
 
 import pytest
 
-from apollo_optax.planning._hlo import hbm_bytes, parse_program
+from apollo_optax.planning._hbm import hbm_bytes
+from apollo_optax.planning._hlo import parse_program
 
 # An array of 1 KiB is read twice, once ahead into the chip's memory, S(1), and a loop of 5 trips
 # writes one of 512 bytes each time.

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from apollo_optax import apollo_mini, planning
 from apollo_optax.planning import GPUS, TPUS, Collective, _targets, mesh_for, parse_target
-from apollo_optax.planning._hlo import parse_program, read_traffic
+from apollo_optax.planning._collectives import read_traffic
+from apollo_optax.planning._hlo import parse_program
 from apollo_optax.planning._plan import needed_bytes
 
 pytestmark = pytest.mark.optimized

@@ -12,7 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from apollo_optax import planning
 from apollo_optax.planning import GPUS, TPUS, Plan, _plan, mesh_for, parse_target
-from apollo_optax.planning._hlo import Exchange, exchange, parse_program, products, touched
+from apollo_optax.planning._collectives import Exchange, exchange
+from apollo_optax.planning._hbm import touched
+from apollo_optax.planning._hlo import parse_program
+from apollo_optax.planning._products import products
 from apollo_optax.planning._roofline import bounds, exchanged_bytes, operations
 from apollo_optax.planning._targets import Hop, Rates, rates_of
 from examples.llama import plan as llama_plan

@@ -12,7 +12,7 @@ that JAX does not look for the chips. The numbers leave out the memory of other 
 and the fragmentation of an allocator that has served other programs before.
 """
 
-from apollo_optax.planning._hlo import Collective
+from apollo_optax.planning._collectives import Collective
 from apollo_optax.planning._largest_batch import LargestBatch, largest_batch
 from apollo_optax.planning._plan import Plan, compile_for
 from apollo_optax.planning._targets import GPUS, TPUS, Target, mesh_for, parse_target

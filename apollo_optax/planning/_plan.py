@@ -15,13 +15,9 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from apollo_optax.planning._hlo import (
-    Collective,
-    Program,
-    hbm_bytes,
-    parse_program,
-    read_traffic,
-)
+from apollo_optax.planning._collectives import Collective, read_traffic
+from apollo_optax.planning._hbm import hbm_bytes
+from apollo_optax.planning._hlo import Program, parse_program
 from apollo_optax.planning._roofline import Bounds, bounds, operations
 from apollo_optax.planning._targets import (
     GPUS,

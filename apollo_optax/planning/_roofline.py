@@ -18,17 +18,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from apollo_optax.planning._hlo import (
-    Computation,
-    Exchange,
-    Instruction,
-    Program,
-    continued_exchanges,
-    exchange,
-    products,
-    total,
-    touched,
-)
+from apollo_optax.planning._collectives import Exchange, continued_exchanges, exchange
+from apollo_optax.planning._hbm import touched
+from apollo_optax.planning._hlo import Computation, Instruction, Program, total
+from apollo_optax.planning._products import products
 from apollo_optax.planning._targets import Hop, Rates
 
 _BETWEEN_SLICES = " between slices"
