@@ -177,12 +177,12 @@ def evaluation(ids: np.ndarray) -> list[np.ndarray]:
     return [batch["tokens"] for batch in batches]
 
 
-def run(name: str, trial: Trial, load: Path) -> Row:
+def run(name: str, trial: Trial, load: Path, *, is_first: bool) -> Row:
     """Fine-tunes the checkpoint once.
 
     Returns:
       The run; `validation_loss` on Perl and `loss_on_python` after, in nats a token, None if it
-      diverged; of AdamW `loss_before` and `python_before` too; `state_bytes` of the optimizer;
+      diverged; of the first run `loss_before` and `python_before`; `state_bytes` of the optimizer;
       `process_bytes`, the peak of the process's memory; `step_seconds`, the median of this run.
     """
     method, config = METHODS[name], describe_llama(load).config
@@ -190,8 +190,7 @@ def run(name: str, trial: Trial, load: Path) -> Row:
     assert content is not None
     tokens = tokenizer.read_tokenizer(content, str(load))
     perl, python = corpus.load_corpus(str(TEXT)), corpus.load_corpus()
-    # A tenth of the modules is forty times what a run reads.
-    train_ids = data.encode_documents(perl.train[::10], tokens)
+    train_ids = data.encode_documents(perl.train, tokens)
     held_out = [
         evaluation(data.encode_documents(texts.validation, tokens)) for texts in (perl, python)
     ]
@@ -205,7 +204,7 @@ def run(name: str, trial: Trial, load: Path) -> Row:
     row["tokens_a_step"] = SEQUENCES * SEQUENCE_LENGTH
     state = jax.jit(training.init_state, donate_argnums=0)(params)
     del params
-    if name == "adamw":  # the same for all, but for rounding to int8
+    if is_first:  # the same for all, but for rounding to int8
         before = [train.mean_loss(loss, state.params, texts) for texts in held_out]
         row["loss_before"], row["python_before"] = before
     row["state_bytes"] = tree_bytes(state.opt_state)
@@ -279,7 +278,7 @@ def main() -> None:
         rate, of_vocabulary, seed = options.trial.split(",")
         trial = Trial(float(rate), float(of_vocabulary), int(seed))
         [name] = options.method
-        row = run(name, trial, options.load)
+        row = run(name, trial, options.load, is_first=not read_rows(options.output))
         add_row(options.output, COMMAND, row)
         print(f"{name} {tuple(trial)}: {row['validation_loss']}", flush=True)
         return
