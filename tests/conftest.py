@@ -3,6 +3,7 @@ import os
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import pytest
 
@@ -18,15 +19,16 @@ if importlib.util.find_spec("beartype"):  # it comes with the [test] extra
 jax.config.update("jax_num_cpu_devices", 8)
 # The programs of the tests are small: they take longer to compile than to run.
 jax.config.update("jax_disable_most_optimizations", True)
+# Each program in one piece, by XLA's older emitters.
+FASTER = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11, 1):  # later ones do not have them
+    FASTER += " --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets the default tier compile faster: each program in one piece, by XLA's older emitters."""
+    """Lets the default tier compile faster."""
     if "not slow" in config.getoption("markexpr"):
-        flags = " --xla_cpu_parallel_codegen_split_count=1"
-        if jax.__version_info__ < (0, 11, 1):  # later ones do not have them
-            flags += " --xla_cpu_use_fusion_emitters=false"
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
+        os.environ["XLA_FLAGS"] = FASTER
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +43,14 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps compiled programs for the tests to come, a cache a worker: JAX's has no lock."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # XLA reads its flags with the first program: those set from here on are for what tests start.
+    jax.block_until_ready(jnp.zeros(()))
     # What tests start is compiled likewise, the same program by one process after another.
     others = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled_by_others")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "XLA_FLAGS": FASTER,
     }
     os.environ.update(others)
 

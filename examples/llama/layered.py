@@ -27,6 +27,7 @@ __all__ = [
 
 
 _ATTENTION_BYTES = 2**27
+_LOGIT_BYTES = 2**26
 
 
 def split_params(params: model.Params) -> model.Params:
@@ -47,7 +48,7 @@ def layered_model(
     config: LlamaConfig,
     *,
     dtype: DTypeLike,
-    tokens_at_once: int = 512,
+    tokens_at_once: int | None = None,
     heads_at_once: int | None = None,
 ) -> layerwise.LayerwiseModel:
     """Returns LLaMA as the three functions of `apollo_optax.layerwise`.
@@ -56,6 +57,7 @@ def layered_model(
       config: The model's shape.
       dtype: Dtype of the matrix products.
       tokens_at_once: Tokens of a device whose logits exist at one time, at least one a sequence.
+        None for as many as take 64 MiB in float32, at most 512.
       heads_at_once: Heads whose attention weights exist at one time; None for as many as take
         128 MiB a sequence.
 
@@ -69,7 +71,8 @@ def layered_model(
     def loss(
         rest: model.Params, x: model.Hidden, tokens: Int[Array, "batch sequence_and_next"]
     ) -> Float[Array, ""]:
-        return mean_token_loss(config, rest, x, tokens[:, 1:], tokens_at_once)
+        at_once = tokens_at_once or min(512, _LOGIT_BYTES // (4 * config.vocab_size))
+        return mean_token_loss(config, rest, x, tokens[:, 1:], at_once)
 
     def block(block_params: model.Params, x: model.Hidden) -> model.Hidden:
         heads = heads_at_once or _heads_within(_ATTENTION_BYTES, config, x.shape[1])

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.real_model import METHODS, Trial, losses_of, next_trials, training_of
+from benchmarks.real_model import METHODS, STEPS, Trial, losses_of, next_trials, training_of
 from examples.llama import model
 from examples.llama.config import LlamaConfig
 
@@ -29,7 +29,8 @@ def test_both_rates_are_swept_until_worse_on_both_sides_and_run_with_three_seeds
 
     while wanted := next_trials(method, losses_of(rows, name)):
         rows += [
-            {"method": name, **trial._asdict(), "validation_loss": loss(trial)} for trial in wanted
+            {"method": name, **trial._asdict(), "steps": STEPS, "validation_loss": loss(trial)}
+            for trial in wanted
         ]
     losses = losses_of(rows, name)
     best = min(losses, key=lambda trial: losses[trial])
