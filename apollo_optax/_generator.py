@@ -23,9 +23,9 @@ def threefry2x32(
 ) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
     """Returns two random words for each counter (high, low): Threefry-2x32 with 20 rounds.
 
-    `jax.random` has the same function as a loop, which goes through memory in each round. Here the
-    rounds are written out and make one pass. The reference is Salmon et al., Parallel Random
-    Numbers: As Easy as 1, 2, 3, 2011.
+    On a CPU `jax.random` has the same function as a loop, which goes through memory in each round.
+    Here the rounds are written out and make one pass. The reference is Salmon et al., Parallel
+    Random Numbers: As Easy as 1, 2, 3, 2011.
     """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
     x, y = high + schedule[0], low + schedule[1]
@@ -59,6 +59,22 @@ def random_words(
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
     high = jnp.full(shape, jnp.asarray(stream, jnp.uint32))
     return threefry2x32(jax.random.key_data(key), high, row * jnp.uint32(columns) + column)
+
+
+def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Returns `jax.random.bits(key, shape, jnp.uint32)`, made in one pass also on a CPU.
+
+    A number of 2^32 and more, which take counters of two words, and the numbers of other generators
+    than Threefry are left to JAX.
+    """
+    if str(jax.random.key_impl(key)) != "threefry2x32" or math.prod(shape) >= 2**32:
+        return jax.random.bits(key, shape, jnp.uint32)
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]))
+        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    x, y = threefry2x32(jax.random.key_data(key), jnp.zeros_like(place), place)
+    return x ^ y
 
 
 def normal_of_words(

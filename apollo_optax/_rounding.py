@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from apollo_optax._arguments import require_real_floating
+from apollo_optax._generator import random_bits
 from apollo_optax._paths import Path, named_arrays, spell, stable_hash
 from apollo_optax._placement import call_on_automatic_axes
 
@@ -18,7 +19,7 @@ def rounds_up(key: PRNGKeyArray, fraction: Float[Array, "*shape"]) -> Bool[Array
     The draw has 16 bits. A float32 has 16 bits more than a bfloat16, so that rounding to bfloat16
     has no bias. Elsewhere the bias is at most 2^-17 of a step.
     """
-    bits = jax.random.bits(key, fraction.shape, jnp.uint16)
+    bits = random_bits(key, fraction.shape).astype(jnp.uint16)
     # Half a unit centres the thresholds, and keeps whole steps unchanged.
     return fraction > (bits.astype(jnp.float32) + 0.5) * 2.0**-16
 

@@ -36,7 +36,7 @@ from examples.llama.generate import generate
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import layered_training
 from examples.llama.lora import lora_training
-from examples.llama.machine import machine
+from examples.llama.machine import machine, return_freed_memory
 from examples.llama.mesh import batch_sharding, devices_dividing_batch, param_shardings
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
 from examples.llama.optimizers import FLOAT32_MOMENTS, learning_rate_schedule, make_optimizer
@@ -265,6 +265,7 @@ def train_run(
             loss_as_loaded = validation_loss_of(state.params)
             write({"step": 0, "validation_loss": loss_as_loaded})
             show.evaluation(0, loss_as_loaded)
+        return_freed_memory()
         for step in range(int(state.step) + 1, steps + 1):
             step_began = times.begin()
             state, outcome = take_step(state, next(batches)["tokens"])

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from apollo_optax import gaussian
-from apollo_optax._generator import random_words, threefry2x32
+from apollo_optax._generator import random_bits, random_words, threefry2x32
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,16 @@ def test_words_are_of_any_generators_key_and_differ_by_stream(implementation):
     key = jax.random.key(3, impl=implementation)
     first, second = random_words(key, 0, 4, 50), random_words(key, 1, 4, 50)
     assert len(np.unique(np.stack([*first, *second]))) == 2 * 2 * 4 * 50
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 7)])
+def test_bits_are_those_of_jax(shape, implementation):
+    key = jax.random.fold_in(jax.random.key(3, impl=implementation), 1)
+    np.testing.assert_array_equal(random_bits(key, shape), jax.random.bits(key, shape, jnp.uint32))
+    np.testing.assert_array_equal(
+        random_bits(key, shape).astype(jnp.uint16), jax.random.bits(key, shape, jnp.uint16)
+    )
 
 
 @pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from examples.llama.checksum import array_checksums
+from examples.llama.checksum import _sums, array_checksums
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.int32, jnp.uint32, jnp.bool_]
 
@@ -40,6 +40,22 @@ def test_it_is_the_same_however_the_array_is_divided() -> None:
     for spec in (("a", "b"), ("b", None), (("a", "b"), None), (None, None)):
         divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
         assert checksum(divided) == checksum(x)
+
+
+def test_it_is_the_same_added_up_in_parts(monkeypatch) -> None:
+    x = example(jnp.int8).reshape(8, 3, 2)
+    whole = checksum(x)
+    jax.clear_caches()
+    monkeypatch.setattr("examples.llama.checksum._HASHES_AT_ONCE", 12)
+    assert checksum(x) == whole
+    assert checksum(x.at[7, 2, 1].add(1)) != whole
+    jax.clear_caches()
+
+
+def test_no_hash_of_every_element_is_kept() -> None:
+    leaf = jax.ShapeDtypeStruct((64, 512, 512), jnp.int8)
+    compiled = _sums.lower({"x": leaf}, in_parts=True).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < leaf.size
 
 
 def test_paths_name_arrays_and_empty_ones_have_none() -> None:
