@@ -8,42 +8,29 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from apollo_optax._arguments import (
     require_callable,
     require_hashable,
     require_one_of,
     require_positive_integer,
-    require_real_floating,
     wide,
 )
-from apollo_optax._boxes import with_axis_names
-from apollo_optax._keys import key_data, require_key, wrap_like
+from apollo_optax._keys import require_key, wrap_like
+from apollo_optax._leafwise import LeafAxes, MatrixRule, Projections, scale_leaves
 from apollo_optax._leaves import (
     MANY_WEIGHTS,
     Hyperparameters,
     LeafState,
     ScaleByApolloState,
     Vocabulary,
-    checked,
-    init_leaf,
-    leaf_state,
     moments,
-    nested,
-    no_projection,
-    others_update,
-    require_mu_dtype,
-    require_state_of,
-    require_vocabulary,
-    state_shapes,
-    warn_of_whole_moments,
 )
 from apollo_optax._limiter import NORM_EPS, limit_growth
 from apollo_optax._matrices import (
     MatrixAxes,
     WeightDimensionNumbers,
-    axes_of_each_leaf,
     expand_to_leaf,
     low_rank_shape,
     project,
@@ -52,9 +39,7 @@ from apollo_optax._matrices import (
     sum_of_squares_per_channel,
     without_overflow,
 )
-from apollo_optax._names import default_dimension_numbers
-from apollo_optax._paths import Path, named_arrays, named_leaves, replaced, spell
-from apollo_optax._placement import on_automatic_axes
+from apollo_optax._paths import Path, spell
 from apollo_optax._projections import (
     Projection,
     check_projection,
@@ -250,85 +235,45 @@ def scale_by_apollo(
       (8, 256)
     """
     projection = gaussian if projection is None else projection
-    if weight_dimension_numbers is None:
-        weight_dimension_numbers = default_dimension_numbers
-    _require_settings(rank, update_proj_gap, granularity, projection, key, mu_dtype, implementation)
-    require_vocabulary(vocabulary)
-    hyper = checked(Hyperparameters(b1, b2, eps, scale, norm_growth_limit))
+    _require_settings(rank, update_proj_gap, granularity, projection, key, implementation)
     stores_projections = keeps_state(projection)
 
-    def init(params: PyTree) -> ScaleByApolloState:
-        count, key_array = jnp.zeros([], jnp.int32), key_data(key)
-        named, _ = named_arrays(params)
-        if not named:
-            # Nothing to train, or the placeholder by which optax.tree_map_params finds the fields
-            # of a state that mirror the parameters.
-            stored = params if stores_projections else {}
-            return ScaleByApolloState(count, key_array, params, params, params, stored)
-        require_real_floating(named)
-        axes = axes_of_each_leaf(weight_dimension_numbers, params)
-        _warn_of_whole_ranks(named, axes, rank)
-        warn_of_whole_moments(named, axes, vocabulary)
-        matrices = [(leaf, matrix) for path, leaf in named if (matrix := axes[path])]
-        _check_functions(granularity, projection, matrices, rank)
-        leaves = {
-            path: init_leaf(leaf, axes[path], rank, mu_dtype, vocabulary) for path, leaf in named
-        }
-        stored = {}
-        if stores_projections:
-            stored = {path: no_projection(leaf, axes[path], rank) for path, leaf in named}
-        return with_axis_names(nested(count, key_array, leaves, stored), params, axes)
-
-    def update(
-        updates: PyTree,
+    def projections_of(
+        gradients: dict[Path, Array],
         state: ScaleByApolloState,
-        params: PyTree | None = None,
-        *,
-        first_layer: ArrayLike = 0,
-        hyper: Hyperparameters,
-        **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByApolloState]:
-        del params, extra_args
-        named, treedef = named_arrays(updates)
-        require_state_of(state, named, stores_projections)
-        require_real_floating(named)
-        t = optax.safe_increment(state.count)
-        if not named:
-            return updates, state._replace(count=t)
-        axes = axes_of_each_leaf(weight_dimension_numbers, updates, quiet=True)
-        shapes = {
-            path: projection_shape(G.shape, matrix, rank)
-            for path, G in named
-            if (matrix := axes[path])
-        }
-        of_field = {name: dict(named_leaves(tree)[0]) for name, tree in state._asdict().items()}
-        needed = {path: state_shapes(G.shape, axes[path], rank, vocabulary) for path, G in named}
-        leaves = {path: leaf_state(of_field, path, needed[path]) for path, G in named}
-        stored = of_field["projection"]
-
-        refresh = state.count // update_proj_gap
+        stored: Projections,
+        axes: LeafAxes,
+        first_layer: Int[ArrayLike, ""],
+    ) -> tuple[Projections, Projections]:
         if stores_projections:
             is_due = state.count % update_proj_gap == 0
-            P = stored = refit_projections(projection, dict(named), stored, axes, is_due)
-        else:
-            wrapped = wrap_like(state.key, key)
-            P = draw_projections(projection, wrapped, refresh, shapes, first_layer)
-        scaled = []
-        for path, G in named:
-            if (matrix := axes[path]) is None:
-                U, leaves[path] = others_update(G, leaves[path], t, hyper)
-            else:
-                U, leaves[path] = apollo_update(
-                    G, P[path], leaves[path], matrix, t, hyper, granularity, implementation
-                )
-            scaled.append(U)
-        # Built on the tree of the incoming state, to keep its boxes.
-        new_state = replaced(state, nested(t, state.key, leaves, stored))
-        return jax.tree.unflatten(treedef, scaled), new_state
+            P = refit_projections(projection, gradients, stored, axes, is_due)
+            return P, P
+        shapes = {
+            path: projection_shape(G.shape, matrix, rank)
+            for path, G in gradients.items()
+            if (matrix := axes[path])
+        }
+        refresh = state.count // update_proj_gap
+        return draw_projections(
+            projection, wrap_like(state.key, key), refresh, shapes, first_layer
+        ), {}
 
-    tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
-    # Passed as an argument, since injected hyperparameters are traced and have their own types.
-    return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
+    def check(named: list[tuple[Path, Any]], axes: LeafAxes) -> None:
+        _warn_of_whole_ranks(named, axes, rank)
+        matrices = [(leaf, matrix) for path, leaf in named if (matrix := axes[path])]
+        _check_functions(granularity, projection, matrices, rank)
+
+    update = functools.partial(
+        apollo_update, granularity=granularity, implementation=implementation
+    )
+    return scale_leaves(
+        MatrixRule(update, rank, projections_of, stores_projections, check, key),
+        Hyperparameters(b1, b2, eps, scale, norm_growth_limit),
+        mu_dtype=mu_dtype,
+        vocabulary=vocabulary,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
 
 
 def _require_settings(
@@ -337,7 +282,6 @@ def _require_settings(
     granularity: Granularity,
     projection: Callable[..., Array],
     key: int | PRNGKeyArray,
-    mu_dtype: Any,
     implementation: Implementation | None,
 ) -> None:
     require_positive_integer("rank", rank)
@@ -352,12 +296,9 @@ def _require_settings(
     require_hashable("projection", projection)
     require_hashable("implementation", implementation)
     require_key("key", key)
-    require_mu_dtype(mu_dtype)
 
 
-def _warn_of_whole_ranks(
-    named: list[tuple[Path, Any]], axes: dict[Path, MatrixAxes | None], rank: int
-) -> None:
+def _warn_of_whole_ranks(named: list[tuple[Path, Any]], axes: LeafAxes, rank: int) -> None:
     """Warns once of matrices that are not projected, if they are large enough to matter."""
     whole = [
         (path, leaf)
@@ -375,7 +316,7 @@ def _warn_of_whole_ranks(
         f"{tuple(leaf.shape)} have a smaller side of {smaller}. Use a smaller rank. If the "
         f"matrices have other axes, name these in weight_dimension_numbers, for example with "
         f"infer_dimension_numbers.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -278,7 +278,7 @@ def require_state_of(state: Any, named: list[tuple[Path, Array]], stores_project
     remedy = "Call init, or restore into what init returns."
     if not isinstance(state, ScaleByApolloState):
         raise ValueError(
-            f"The state of scale_by_apollo must be a ScaleByApolloState, got a "
+            f"The state must be a ScaleByApolloState, got a "
             f"{type(state).__name__}: {state!r:.60}. {remedy}"
         )
     has_projections = bool(jax.tree.leaves(state.projection))

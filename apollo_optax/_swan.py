@@ -7,41 +7,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float
 
-from apollo_optax._arguments import require_real_floating, wide
-from apollo_optax._boxes import with_axis_names
-from apollo_optax._keys import key_data
-from apollo_optax._leaves import (
-    Hyperparameters,
-    ScaleByApolloState,
-    Vocabulary,
-    checked,
-    init_leaf,
-    leaf_state,
-    nested,
-    others_update,
-    require_mu_dtype,
-    require_state_of,
-    require_vocabulary,
-    state_shapes,
-    warn_of_whole_moments,
-)
+from apollo_optax._arguments import wide
+from apollo_optax._leafwise import MatrixRule, scale_leaves
+from apollo_optax._leaves import Hyperparameters, LeafState, Vocabulary
 from apollo_optax._matrices import (
     MatrixAxes,
     WeightDimensionNumbers,
-    axes_of_each_leaf,
     leaf_of,
     matrices_of,
     side,
 )
-from apollo_optax._names import default_dimension_numbers
-from apollo_optax._paths import named_arrays, named_leaves, replaced
-from apollo_optax._placement import on_automatic_axes
 
 # The quintic Newton-Schulz iteration of `optax.contrib.muon`.
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-_NOTHING_KEPT = 0  # the rank of a matrix without state
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -143,54 +123,16 @@ def scale_by_swan(
       >>> state[0].mu["kernel"].shape
       ()
     """
-    hyper = checked(Hyperparameters(b1, b2, eps, scale=1.0, norm_growth_limit=None))
-    require_vocabulary(vocabulary)
-    require_mu_dtype(mu_dtype)
-    if weight_dimension_numbers is None:
-        weight_dimension_numbers = default_dimension_numbers
-
-    def init(params: PyTree) -> ScaleByApolloState:
-        count, key = jnp.zeros([], jnp.int32), key_data(0)
-        named, _ = named_arrays(params)
-        if not named:
-            return ScaleByApolloState(count, key, params, params, params)
-        require_real_floating(named)
-        axes = axes_of_each_leaf(weight_dimension_numbers, params)
-        warn_of_whole_moments(named, axes, vocabulary)
-        leaves = {
-            path: init_leaf(leaf, axes[path], _NOTHING_KEPT, mu_dtype, vocabulary)
-            for path, leaf in named
-        }
-        return with_axis_names(nested(count, key, leaves, {}), params, axes)
 
     def update(
-        updates: PyTree,
-        state: ScaleByApolloState,
-        params: PyTree | None = None,
-        *,
-        hyper: Hyperparameters,
-        **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByApolloState]:
-        del params, extra_args
-        named, treedef = named_arrays(updates)
-        require_state_of(state, named, stores_projections=False)
-        require_real_floating(named)
-        t = optax.safe_increment(state.count)
-        if not named:
-            return updates, state._replace(count=t)
-        axes = axes_of_each_leaf(weight_dimension_numbers, updates, quiet=True)
-        of_field = {name: dict(named_leaves(tree)[0]) for name, tree in state._asdict().items()}
-        whitened, leaves = [], {}
-        for path, G in named:
-            needed = state_shapes(G.shape, axes[path], _NOTHING_KEPT, vocabulary)
-            leaves[path] = leaf_state(of_field, path, needed)
-            if (matrix := axes[path]) is None:
-                U, leaves[path] = others_update(G, leaves[path], t, hyper)
-            else:
-                U = whiten(G, matrix)
-            whitened.append(U)
-        new_state = replaced(state, nested(t, state.key, leaves, {}))
-        return jax.tree.unflatten(treedef, whitened), new_state
+        G: Array, P: None, state: LeafState, axes: MatrixAxes, *_: Any
+    ) -> tuple[Array, LeafState]:
+        return whiten(G, axes), state
 
-    tx = on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
-    return optax.GradientTransformationExtraArgs(init, functools.partial(tx.update, hyper=hyper))
+    return scale_leaves(
+        MatrixRule(update),
+        Hyperparameters(b1, b2, eps, scale=1.0, norm_growth_limit=None),
+        mu_dtype=mu_dtype,
+        vocabulary=vocabulary,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )

@@ -35,6 +35,7 @@ from examples.llama import corpus, data, layered, tokenizer, train
 from examples.llama.checkpoint import tree_bytes
 from examples.llama.config import LlamaConfig
 from examples.llama.huggingface import checkpoint_file, describe_llama, load_llama
+from examples.llama.machine import return_freed_memory
 from examples.llama.optimizers import OptimizerSettings, learning_rate_schedule, make_optimizer
 
 OUTPUT = RESULTS / "real_model.json"
@@ -212,10 +213,13 @@ def run(name: str, trial: Trial, load: Path, *, steps: int = STEPS, is_first: bo
         before = [train.mean_loss(loss, state.params, texts) for texts in held_out]
         row["loss_before"], row["python_before"] = before
     row["state_bytes"] = tree_bytes(state.opt_state)
+    shape = jax.ShapeDtypeStruct((SEQUENCES, SEQUENCE_LENGTH + 1), jnp.int32)
+    step = training.step.lower(state, shape).compile()
+    return_freed_memory()
     times = []
     for _ in range(steps):
         began = time.perf_counter()
-        state, outcome = training.step(state, next(batches)["tokens"])
+        state, outcome = step(state, next(batches)["tokens"])
         jax.block_until_ready(outcome.loss)
         times.append(time.perf_counter() - began)
     for key, batch in zip(("validation_loss", "loss_on_python"), held_out, strict=True):
