@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ DocumentT = TypeVar("DocumentT")
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
 _EXPECTED = (
     "a UTF-8 text file, a folder, a .jsonl, .jsonl.gz, .json.gz or .parquet file with a "
-    f'"text" field, a .jsonl file of messages or prompts, or {hub.PREFIX}NAME[:CONFIG]'
+    f'"text" field or with messages or prompts, or {hub.PREFIX}NAME[:CONFIG]'
 )
 # Only sources that every installation of one Python version has: no tests, no third parties.
 _NOT_LIBRARY_FOLDERS = frozenset(
@@ -89,7 +90,7 @@ def load_corpus(source: str | None = None) -> Corpus:
         return _split_by_hash(source, _folder_documents(path, _files(path)))
     if not path.is_file():
         raise ValueError(f"{source}: no such file or folder; expected {_EXPECTED}")
-    if _holds_rows(path):
+    if holds_rows(path):
         return _split_by_hash(source, _file_documents(path, path.name))
     return _split_text_file(source, path)
 
@@ -135,30 +136,38 @@ def _folder_documents(root: Path, paths: Iterable[Path]) -> Iterator[tuple[str, 
         )
 
 
-def _holds_rows(path: Path) -> bool:
+def holds_rows(path: Path) -> bool:
+    """Whether a file is named as one of JSON lines or of Parquet."""
     return path.name.endswith((*_JSON_LINES, ".parquet"))
 
 
 def _file_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
     """The documents of one file, each with the key whose hash decides its split."""
-    if not _holds_rows(path):
+    if not holds_rows(path):
         yield name, path.read_text(encoding="utf-8-sig")
         return
-    rows = (
-        _parquet_rows(path)
-        if path.suffix == ".parquet"
-        else (_json_text(row, where) for row, where in json_rows(path))
-    )
-    for text in rows:
+    for row, where in file_rows(path):
+        text = _text_of(row, where)
         yield text, text
 
 
-def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields the objects of a JSON-lines file, each with the file's name and its line's number.
+def file_rows(
+    path: Path, columns: Sequence[str] = ("text",)
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields the rows of a file that `holds_rows`, each with its place in the file.
+
+    Args:
+      path: The file.
+      columns: Those to read of a Parquet file, of which it has one at least.
 
     Raises:
-      ValueError: If a line is not an object, or the file is not a whole gzip file.
+      ValueError: If the file or a row is not of its form.
+      ImportError: If the file is Parquet, and pyarrow is not installed.
     """
+    return _parquet_rows(path, columns) if path.suffix == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as lines:
         try:
@@ -167,11 +176,6 @@ def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                     yield _json_object(line, f"{path}, line {number}")
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file: {error}") from error
-
-
-def holds_json_rows(path: Path) -> bool:
-    """Whether a file is named as one of JSON lines."""
-    return path.name.endswith(_JSON_LINES)
 
 
 def _json_object(line: bytes, where: str) -> tuple[dict[str, Any], str]:
@@ -184,9 +188,9 @@ def _json_object(line: bytes, where: str) -> tuple[dict[str, Any], str]:
     return row, where
 
 
-def _json_text(row: dict[str, Any], where: str) -> str:
+def _text_of(row: dict[str, Any], where: str) -> str:
     if "text" not in row:
-        remedy = "; give a .jsonl file of messages or prompts by itself, not in a folder"
+        remedy = "; give a file of messages or prompts by itself, not in a folder"
         raise ValueError(
             f'{where}: no "text" field; the fields are {sorted(row)}'
             f"{remedy if row.keys() & {'messages', 'prompt'} else ''}"
@@ -198,7 +202,7 @@ def _json_text(row: dict[str, Any], where: str) -> str:
     return (text or "").encode(errors="replace").decode()
 
 
-def _parquet_rows(path: Path) -> Iterator[str]:
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
@@ -208,16 +212,14 @@ def _parquet_rows(path: Path) -> Iterator[str]:
     except ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
     with table:
-        columns = table.schema_arrow.names
-        if "text" not in columns:
-            raise ValueError(f'{path}: no "text" column; the columns are {sorted(columns)}')
-        for batch in table.iter_batches(columns=["text"]):
-            for text in batch.column("text").to_pylist():
-                if not isinstance(text, str | None):
-                    raise ValueError(
-                        f'{path}: "text" holds a {type(text).__name__}; expected strings'
-                    )
-                yield text or ""
+        there = table.schema_arrow.names
+        wanted = [column for column in columns if column in there]
+        if not wanted:
+            raise ValueError(f'{path}: no "{columns[0]}" column; the columns are {sorted(there)}')
+        batches = table.iter_batches(columns=wanted)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield row, f"{path}, row {number}"
 
 
 def _split_by_hash(name: str, documents: Iterable[tuple[str, str]]) -> Corpus:

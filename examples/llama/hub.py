@@ -32,13 +32,7 @@ def load_splits(source: str) -> tuple["HubDocuments", "HubDocuments"]:
       ValueError: If the source names nothing, cannot be reached, or has no `train` split.
       ImportError: If `datasets` is not installed.
     """
-    name, _, config = source.removeprefix(PREFIX).partition(":")
-    if not name:
-        raise ValueError(f"{source}: no data set named; expected {PREFIX}NAME[:CONFIG]")
-    builder = _open(source, name, config or _DEFAULT_CONFIGS.get(name))
-    splits = builder.as_streaming_dataset()
-    if "train" not in splits:
-        raise ValueError(f"{source}: no train split; the splits are {sorted(splits)}")
+    builder, splits = _open_splits(source)
 
     def rows(split: str) -> Any:
         return builder.as_streaming_dataset(split)
@@ -52,6 +46,44 @@ def load_splits(source: str) -> tuple["HubDocuments", "HubDocuments"]:
         HubDocuments(source, lambda: rows("train").skip(HELD_OUT_DOCUMENTS)),
         HubDocuments(source, lambda: rows("train").take(HELD_OUT_DOCUMENTS)),
     )
+
+
+def stream_rows(source: str) -> dict[str, Callable[[], Iterator[tuple[dict[str, Any], str]]]]:
+    """Opens the splits `train` and, if there is one, `validation` of a data set on the hub.
+
+    Args:
+      source: As in `load_splits`, with any columns.
+
+    Returns:
+      For each of the two a function that yields its rows, each with the place of the row.
+
+    Raises:
+      ValueError: As `load_splits` does.
+      ImportError: If `datasets` is not installed.
+    """
+    builder, splits = _open_splits(source)
+
+    def rows(split: str) -> Iterator[tuple[dict[str, Any], str]]:
+        for number, row in enumerate(builder.as_streaming_dataset(split), start=1):
+            yield row, f"{source}, row {number} of {split}"
+
+    return {
+        split: functools.partial(rows, split)
+        for split in ("train", "validation")
+        if split in splits
+    }
+
+
+def _open_splits(source: str) -> tuple[Any, list[str]]:
+    """Returns the builder of a data set, and the names of its splits."""
+    name, _, config = source.removeprefix(PREFIX).partition(":")
+    if not name:
+        raise ValueError(f"{source}: no data set named; expected {PREFIX}NAME[:CONFIG]")
+    builder = _open(source, name, config or _DEFAULT_CONFIGS.get(name))
+    splits = sorted(builder.as_streaming_dataset())
+    if "train" not in splits:
+        raise ValueError(f"{source}: no train split; the splits are {splits}")
+    return builder, splits
 
 
 def _open(source: str, name: str, config: str | None) -> Any:

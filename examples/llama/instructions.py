@@ -4,15 +4,16 @@ The forms are those of Hugging Face's TRL: `messages`, or `prompt` and `completi
 or as messages: https://huggingface.co/docs/trl/dataset_formats.
 """
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
-from examples.llama import corpus
+from examples.llama import corpus, hub
 from examples.llama.tokenizer import Tokenizer
 
 __all__ = [
@@ -69,7 +70,7 @@ class Examples(NamedTuple):
     """Examples in two disjoint splits.
 
     Attributes:
-      name: The file.
+      name: Where they are from.
       train: To train on.
       validation: Held out.
     """
@@ -86,21 +87,38 @@ class Examples(NamedTuple):
 
 
 def load_examples(source: str) -> Examples | None:
-    """Reads a file of JSON lines whose first row is an example; returns None for all else.
+    """Reads rows of which the first is an example; returns None for all else.
 
-    About 5% are held out, by a hash of what is said in them.
+    About 5% are held out, by a hash of what is said in them, unless a data set of the hub has a
+    split `validation`.
+
+    Args:
+      source: A file of JSON lines or of Parquet, or `hf:NAME` for a data set of the hub.
 
     Raises:
       ValueError: If a row is not as `parse_example` takes it, or there is but one example.
+      ImportError: If the source needs a package that is not installed.
     """
-    path = Path(source).expanduser()
-    if not (path.is_file() and corpus.holds_json_rows(path)):
-        return None
-    first = next(corpus.json_rows(path), None)
+    splits = _splits_of_rows(source)
+    first = next(splits["train"](), None) if splits else None
     if first is None or "text" in first[0] or not first[0].keys() & _FIELDS:
         return None
-    examples = [parse_example(row, where) for row, where in corpus.json_rows(path)]
-    return Examples(source, *corpus.split_by_hash(source, [(each.text, each) for each in examples]))
+    train, *held_out = [
+        [parse_example(row, where) for row, where in rows()] for rows in splits.values()
+    ]
+    if held_out:
+        return Examples(source, train, *held_out)
+    return Examples(source, *corpus.split_by_hash(source, [(each.text, each) for each in train]))
+
+
+def _splits_of_rows(source: str) -> Mapping[str, Callable[[], Iterator[tuple[Any, str]]]]:
+    """The splits of a source of rows; none of another source."""
+    if source.startswith(hub.PREFIX):
+        return hub.stream_rows(source)
+    path = Path(source).expanduser()
+    if not (path.is_file() and corpus.holds_rows(path)):
+        return {}
+    return {"train": functools.partial(corpus.file_rows, path, ("text", *sorted(_FIELDS)))}
 
 
 def parse_example(row: Mapping[str, Any], where: str) -> Example:

@@ -138,8 +138,8 @@ class DataOptions:
     Attributes:
       source: A text file, a folder, a .jsonl, .jsonl.gz or .parquet file with a "text" field,
         hf:NAME for a data set of the Hugging Face hub, or stdlib for the sources of Python's
-        standard library. A .jsonl file may also have "messages", or "prompt" and "completion". Then
-        only the answers are learned, and each example is a sequence.
+        standard library. Instead of "text", the rows may have "messages", or "prompt" and
+        "completion". Then only the answers are learned, and each example is a sequence.
       tokenizer: bytes, train:VOCAB, or the path of a tokenizer.json.
     """
 

@@ -178,7 +178,7 @@ def test_parquet_without_a_text_column_names_its_columns(tmp_path):
     with pytest.raises(ValueError, match=r"no .text. column; the columns are .'body', 'url'"):
         load_corpus(str(tmp_path / "a.parquet"))
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r'"text" holds a int; expected strings'):
+    with pytest.raises(ValueError, match=r'row 1: "text" is a int; expected a string'):
         load_corpus(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ValueError, match=r"not a Parquet file"):

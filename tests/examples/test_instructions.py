@@ -219,3 +219,30 @@ def test_examples_in_a_folder_are_answered_with_the_remedy(tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     with pytest.raises(ValueError, match=r"line 1: no .text. field.*by itself, not in a folder"):
         load_corpus(str(tmp_path))
+
+
+def test_parquet_and_data_sets_of_the_hub_are_read_as_json_lines(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="reads .parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reads .parquet")
+    pytest.importorskip("datasets", reason="streams with the [hub] extra")
+    rows = [chat(f"{n} + {n}?", str(2 * n)) for n in range(50)]
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    expected = load_examples(str(lines))
+    assert expected is not None
+    for folder, splits in (("one", ["train"]), ("two", ["train", "validation"])):
+        (tmp_path / folder).mkdir()
+        for split in splits:
+            table = pyarrow.Table.from_pylist([row | {"id": 1} for row in rows])
+            parquet.write_table(table, tmp_path / folder / f"{split}.parquet")
+    of_file = load_examples(str(tmp_path / "one" / "train.parquet"))
+    of_hub = load_examples(f"hf:{tmp_path / 'one'}")
+    assert of_file is not None
+    assert of_hub is not None
+    for found in (of_file, of_hub):
+        for ours, theirs in zip(found[1:], expected[1:], strict=True):
+            assert [each.turns for each in ours] == [each.turns for each in theirs]
+    given = load_examples(f"hf:{tmp_path / 'two'}")
+    assert given is not None
+    assert len(given.train) == len(given.validation) == 50
+    assert given.validation[3].where == f"hf:{tmp_path / 'two'}, row 4 of validation"
