@@ -29,6 +29,9 @@ STEP = PlanConfig(device="rtx-4090-24gb", sequence=1024, weights="bf16")
 LAYERWISE = dataclasses.replace(STEP, update="layerwise")
 STEPS = {
     "AdamW, bf16, recomputed activations": dataclasses.replace(STEP, optimizer="adamw", remat=True),
+    "LoRA, r = 16, bf16, recomputed activations": dataclasses.replace(
+        STEP, optimizer="adamw", lora=16, remat=True
+    ),
     "AdamW, bf16, layer-wise": dataclasses.replace(LAYERWISE, optimizer="adamw"),
     "APOLLO-Mini, bf16, layer-wise": LAYERWISE,
     "APOLLO-Mini, factored vocabulary, bf16, layer-wise": dataclasses.replace(
