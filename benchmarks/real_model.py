@@ -244,18 +244,23 @@ def table(rows: Sequence[Row]) -> str:
     losses_before = (f"{before[key]:.3f}" for key in ("loss_before", "python_before"))
     lines.append(f"| as loaded | | {' | '.join(losses_before)} | | | |")
     for name, method in METHODS.items():
+        of_method = [row for row in rows if row["method"] == name]
+        if not of_method:
+            continue
+        peaks = [row["process_bytes"] for row in of_method if row["steps"] < STEPS]
+        process = f"{max(peaks) / 2**30:.2f} GiB" if peaks else ""
+        state = f"{of_method[0]['state_bytes'] / 1e6:,.1f} MB"
         losses = losses_of(rows, name)
         if not losses:
+            lines.append(f"| {method.label} | | | | {state} | {process} | |")
             continue
         best = min((t for t in losses if t.seed == 0), key=lambda t: losses[t])
-        of_method = [row for row in rows if row["method"] == name]
         own = [
             row
             for row in of_method
             if row["steps"] == STEPS
             and (row["learning_rate"], row["vocabulary_learning_rate"]) == best[:2]
         ]
-        peaks = [row["process_bytes"] for row in of_method if row["steps"] < STEPS]
         found = [row["validation_loss"] for row in own]
         spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
         missing = next_trials(method, losses)
@@ -268,8 +273,8 @@ def table(rows: Sequence[Row]) -> str:
             rate,
             f"{statistics.fmean(found):.3f}{spread}",
             f"{statistics.fmean(row['loss_on_python'] for row in own):.3f}",
-            f"{own[0]['state_bytes'] / 1e6:,.1f} MB",
-            f"{max(peaks) / 2**30:.2f} GiB" if peaks else "",
+            state,
+            process,
             f"open, {len(losses)} runs" if open_sweep else f"{len(losses)} runs",
         ]
         lines.append("| " + " | ".join(cells) + " |")
