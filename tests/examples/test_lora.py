@@ -36,7 +36,7 @@ def loaded(dtype: Any) -> model.Params:
     return jax.jit(lambda: model.init_params(CONFIG, 0, param_dtype=dtype))()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_training_begins_with_the_loaded_model_and_leaves_its_weights(dtype: Any) -> None:
     _, state, losses = trained(dtype, 20, micro_batches=2, spike_limit=3.0)
     loss = jax.jit(train.make_loss(CONFIG, dtype=dtype, remat=False))

@@ -573,6 +573,7 @@ def test_a_tied_model_is_trained_and_exported_tied(
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 def test_lora_is_trained_resumed_and_exported_as_a_model(command: Command, tmp_path: Path) -> None:
     save_llama(tmp_path / "model", TINY, init_params(TINY, 0))
