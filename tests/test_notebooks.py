@@ -31,7 +31,6 @@ def test_there_are_notebooks():
 SMALLER = {
     "fine_tuning": ("CHECKPOINT = released()", 'CHECKPOINT = Path("TINY")'),
     "quickstart": None,
-    "why_it_works": ("SEQUENCES, LENGTH = 80, 16, 64", "SEQUENCES, LENGTH = 80, 2, 16"),
 }
 
 

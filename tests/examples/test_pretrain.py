@@ -551,7 +551,7 @@ def test_a_run_is_not_resumed_on_another_text(
 
 
 @pytest.mark.parametrize(
-    "mesh", [None, pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)]
+    "mesh", [None, pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.release)]
 )
 def test_a_tied_model_is_trained_and_exported_tied(
     mesh: str | None, command: Command, tmp_path: Path
