@@ -1,5 +1,6 @@
 """The documentation builds without a warning, and its figures are those of the results."""
 
+import fcntl
 import json
 import os
 import re
@@ -24,7 +25,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
+    """The site, built once: two builds at a time would remove each other's copies of notebooks."""
+    of_worker = tmp_path_factory.getbasetemp()
+    folder = (of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else of_worker) / "site"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "html" / "objects.inv").is_file():
+            _build(folder)
+    return folder / "html"
+
+
+def _build(folder: Path) -> None:
     arguments = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(folder / "doctrees")]
     build = subprocess.run(
         [sys.executable, "-m", "sphinx", *arguments, str(DOCS), str(folder / "html")],
@@ -33,7 +44,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
     )
     assert build.returncode == 0, build.stderr
-    return folder / "html"
 
 
 @pytest.mark.slow
