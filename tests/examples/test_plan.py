@@ -52,7 +52,7 @@ def test_a_configuration_is_planned_in_place_of_a_named_model(
     assert "config.json has no hidden_size" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_layerwise_int8_needs_less_than_a_standard_update(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
