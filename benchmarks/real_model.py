@@ -189,8 +189,9 @@ def run(name: str, trial: Trial, load: Path, *, steps: int = STEPS, is_first: bo
       The run; `validation_loss` on Perl and `loss_on_python` after, in nats a token, None if it
       diverged; of the first run `loss_before` and `python_before`; `state_bytes` of the optimizer;
       `step_seconds`, the median of this run; of the first steps alone `process_bytes`, the peak of
-      the process's memory.
+      the process's memory, and `python_bytes`, the peak before the checkpoint is opened.
     """
+    python_bytes = _peak_bytes()
     method, config = METHODS[name], describe_llama(load).config
     content = checkpoint_file(load, "tokenizer.json")
     assert content is not None
@@ -228,9 +229,13 @@ def run(name: str, trial: Trial, load: Path, *, steps: int = STEPS, is_first: bo
         found = train.mean_loss(loss, state.params, batch)
         row[key] = round(found, 5) if math.isfinite(found) else None
     if steps < STEPS:  # not with a malloc that keeps its memory
-        row["process_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["process_bytes"], row["python_bytes"] = _peak_bytes(), python_bytes
     row["step_seconds"] = round(statistics.median(times[1:]), 3)
     return row
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def table(rows: Sequence[Row]) -> str:

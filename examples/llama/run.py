@@ -100,17 +100,6 @@ class Run:
         """The way to train that the settings choose."""
         settings = self.settings
         tx, dtype = make_optimizer(settings.optimizer), _DTYPES[settings.compute]
-        if settings.lora:
-            return lora_training(
-                settings.model,
-                tx,
-                rank=settings.lora,
-                dtype=dtype,
-                remat=settings.remat,
-                micro_batches=settings.micro_batches,
-                seed=settings.seed,
-                spike_limit=settings.spike_limit,
-            )
         if settings.update == "layerwise":
             is_float32 = settings.optimizer.name in FLOAT32_MOMENTS
             return layered_training(
@@ -122,14 +111,18 @@ class Run:
                 float32_moments=self.float32_moments and not is_float32,
                 spike_limit=settings.spike_limit,
             )
-        return train.standard_training(
+        make: Callable[..., train.Training] = functools.partial(
+            train.standard_training, float32_moments=self.float32_moments
+        )
+        if settings.lora:
+            make = functools.partial(lora_training, rank=settings.lora)
+        return make(
             settings.model,
             tx,
             dtype=dtype,
             remat=settings.remat,
             micro_batches=settings.micro_batches,
             seed=settings.seed,
-            float32_moments=self.float32_moments,
             spike_limit=settings.spike_limit,
         )
 

@@ -41,6 +41,19 @@ def test_bits_are_those_of_jax(shape, implementation):
     )
 
 
+def test_more_bits_than_a_word_can_count_are_left_to_jax():
+    few, many = (
+        str(
+            jax.make_jaxpr(lambda key, size=size: random_bits(key, (size, 2**16)))(
+                jax.random.key(0)
+            )
+        )
+        for size in (2, 2**16)
+    )
+    assert "random_bits" in many
+    assert "random_bits" not in few
+
+
 @pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
 def test_gaussian_entries_are_normal_and_independent(implementation):
     key = jax.random.key(0, impl=implementation)
