@@ -1,19 +1,20 @@
-"""How much of the host's memory does it take to load a checkpoint?
+"""How much of the host's memory does it take to load a checkpoint, and to export it again?
 
     python -m benchmarks.load_memory
 
-Writes a bfloat16 checkpoint of 303 million parameters and lets `pretrain --load` read it, in a
-process of its own for each dtype of the weights. The peak is that of the resident size above what
-the process had before, and has the weights themselves in it, since the device is the CPU. Writes
-`results/load_memory.json`; a minute. Linux.
+Writes a bfloat16 checkpoint of 368 million parameters and lets `pretrain` read and export it, in a
+process of its own for each dtype of the weights. The peaks are those of the resident size above
+what the process had before. That of loading has the weights themselves in it, since the device is
+the CPU. Writes `results/load_memory.json`; a minute. Linux.
 """
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -22,6 +23,8 @@ import jax.numpy as jnp
 from benchmarks.rows import RESULTS, Row, write_rows
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.huggingface import describe_llama, save_llama
+from examples.llama.layered import split_params
+from examples.llama.machine import return_freed_memory
 from examples.llama.model import init_params
 from examples.llama.options import ModelOptions, PretrainConfig, TrainingOptions, resolve
 from examples.llama.run import Run, initial_params
@@ -39,34 +42,48 @@ def _resident_bytes(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def peak_bytes_of_loading(folder: Path, weights: str) -> int:
-    """Loads in this process; returns the peak of its resident size above that of before."""
+def peak_bytes(folder: Path, weights: str) -> tuple[int, int]:
+    """Loads and exports in this process; returns by how much its resident size grew in each."""
     update = "layerwise" if weights == "int8" else "standard"
     config = PretrainConfig(
         model=ModelOptions(load=folder),
         training=TrainingOptions(weights=weights, update=update),  # type: ignore[arg-type]
     )
     settings = resolve(config, "apollo_mini", describe_llama(folder), data="none", text_digest="")
+    run = Run(settings, folder, resume=False)
     jnp.zeros(1).block_until_ready()
+    with _growth() as of_loading:
+        params = jax.block_until_ready(initial_params(run))
+    trained = split_params(params) if weights == "int8" else params
+    with _growth() as of_exporting:
+        floats = run.training.float_params
+        save_llama(folder / "exported", settings.model, trained, floats=floats, like=folder)
+    return of_loading[0], of_exporting[0]
+
+
+@contextlib.contextmanager
+def _growth() -> Iterator[list[int]]:
+    grown: list[int] = []
+    return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = _resident_bytes("VmRSS")
-    params = initial_params(Run(settings, folder, resume=False))
-    jax.block_until_ready(params)
-    return _resident_bytes("VmHWM") - before
+    yield grown
+    grown.append(_resident_bytes("VmHWM") - before)
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| weights | peak while loading | of the checkpoint's size | bytes per parameter |",
-        "| --- | ---: | ---: | ---: |",
+        "| weights | peak while loading | of the checkpoint's size | bytes per parameter "
+        "| more while exporting |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        peak_bytes = row["peak_bytes"]
+        loading = row["loading_bytes"]
         lines.append(
-            f"| {row['weights']} | {peak_bytes / 2**30:.2f} GiB "
-            f"| {peak_bytes / row['checkpoint_bytes']:.2f} "
-            f"| {peak_bytes / row['parameters']:.2f} |"
+            f"| {row['weights']} | {loading / 2**30:.2f} GiB "
+            f"| {loading / row['checkpoint_bytes']:.2f} "
+            f"| {loading / row['parameters']:.2f} | {row['exporting_bytes'] / 2**30:.2f} GiB |"
         )
     return "\n".join(lines)
 
@@ -77,7 +94,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "WEIGHTS"), help=argparse.SUPPRESS)
     child = parser.parse_args().child
     if child:
-        print(peak_bytes_of_loading(Path(child[0]), child[1]))
+        print(*peak_bytes(Path(child[0]), child[1]))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +104,9 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.load_memory", "--child", folder, weights]
             said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             row = {"weights": weights, "parameters": parameter_count(MODEL)}
-            row |= {"checkpoint_bytes": checkpoint_bytes, "peak_bytes": int(said)}
+            loading, exporting = map(int, said.split())
+            row |= {"checkpoint_bytes": checkpoint_bytes}
+            row |= {"loading_bytes": loading, "exporting_bytes": exporting}
             rows.append(row)
     write_rows(OUTPUT, COMMAND, rows)
     print(table(rows))

@@ -75,7 +75,7 @@ METHODS = {
         int8=True,
     ),
 }
-_VOCABULARY_START = 1e-4
+_VOCABULARY_START = 5e-5
 
 
 class Trial(NamedTuple):

@@ -114,9 +114,15 @@ def test_llama_trains_as_by_the_ordinary_step(name):
     assert_same_training(LLAMA, OPTIMIZERS[name](), llama_params(), BATCHES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("vocabulary", ["factored", "factored_momentum"])
-@pytest.mark.parametrize("name", ["apollo_mini", "swan"])
+@pytest.mark.parametrize(
+    ("name", "vocabulary"),
+    [
+        pytest.param("apollo_mini", "factored", marks=pytest.mark.slow),
+        pytest.param("swan", "factored_momentum", marks=pytest.mark.slow),
+        pytest.param("apollo_mini", "factored_momentum", marks=pytest.mark.release),
+        pytest.param("swan", "factored", marks=pytest.mark.release),
+    ],
+)
 def test_small_rules_of_the_vocabulary_train_as_by_the_ordinary_step(name, vocabulary):
     config = LlamaConfig(
         vocab_size=160, hidden_size=128, intermediate_size=64, num_layers=2, num_heads=2

@@ -223,14 +223,7 @@ def searched(check: Callable[[Case], None], cases: int) -> Callable[[], None]:
     return settings(hypothesis.given(CASES)(check))
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [
-        8,
-        pytest.param(40, marks=pytest.mark.slow),
-        pytest.param(2000, marks=pytest.mark.release),
-    ],
-)
+@pytest.mark.parametrize("cases", [8, pytest.param(2000, marks=pytest.mark.release)])
 @pytest.mark.parametrize("check", [check_update, check_limiter])
 def test_for_any_leaf(check: Callable[[Case], None], cases: int) -> None:
     searched(check, cases)()

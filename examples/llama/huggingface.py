@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
+from jaxtyping import Array
 
 from examples.llama import hub
 from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.gguf_file import SUFFIX as GGUF
 from examples.llama.gguf_file import GgufFile
 from examples.llama.model import Params, init_params
+from examples.llama.safetensors_file import FLOATS, Tensor, write_safetensors
 
 __all__ = [
     "StoredModel",
@@ -56,9 +57,6 @@ _ONLY_SUPPORTED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-
-_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
@@ -193,21 +191,29 @@ def load_llama(
     return config, jax.tree.map_with_path(load_leaf, _expected_leaves(config))
 
 
+def _as_given(params: Params) -> Params:
+    return params
+
+
 def save_llama(
     folder: str | os.PathLike[str],
     config: LlamaConfig,
-    params: Params,
+    params: Any,
     *,
+    floats: Callable[[Any], Params] = _as_given,
     like: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a checkpoint that `load_llama` and transformers' `LlamaForCausalLM` read.
 
-    The folder is made if needed; a checkpoint in it is overwritten.
+    The folder is made if needed; a checkpoint in it is overwritten. Beside `params`, memory holds
+    one tensor of the checkpoint.
 
     Args:
         folder: where to.
         config: the model's shape.
-        params: as `init_params` lays them out.
+        params: the parameters, as `init_params` lays them out once `floats` is applied.
+        floats: makes what is written from `params`, such as dequantized weights. Of its result only
+            the part that is written next is computed.
         like: the checkpoint that the model was loaded from. Everything but the weights is then as
             it is there: the dtype of each tensor, all of `config.json`, and the other files, such
             as those of tokenizer, chat template and generation. If None, tensors keep the dtypes of
@@ -217,28 +223,25 @@ def save_llama(
         ValueError: if `params` are not those of a model of shape `config`, or `like` is no
             checkpoint of such a model.
     """
-    _check_leaves(config, params)
+    shapes = jax.eval_shape(floats, params)
+    _check_leaves(config, shapes)
     stored = None if like is None else _open_checkpoint(like)[1]
-    tensors: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
+    tensors: dict[str, Tensor] = {}
+    for path, leaf in jax.tree.leaves_with_path(shapes):
         leaf_name = _leaf_name(path)
         template = _TENSOR_NAMES[leaf_name]
-        array = np.asarray(leaf)
-        for layer, tensor in enumerate(array if "{layer}" in template else [array]):
-            dtype = (
-                tensor.dtype if stored is None else _check_tensor(stored, leaf_name, leaf, layer)
-            )
-            # safetensors writes the memory as it lies, whatever the strides say.
-            tensors[template.format(layer=layer)] = np.ascontiguousarray(
-                _transposed(leaf_name, tensor), jnp.dtype(dtype)
+        read = functools.partial(_tensor, floats, leaf_name, params)
+        for layer in range(config.num_layers) if "{layer}" in template else [None]:
+            dtype = leaf.dtype if stored is None else _check_tensor(stored, leaf_name, leaf, layer)
+            shape = jax.eval_shape(read, layer).shape
+            tensors[template.format(layer=layer)] = Tensor(
+                shape, jnp.dtype(dtype), functools.partial(read, layer)
             )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Older transformers refuse a file that does not name a framework.
-    metadata = {"format": "pt"}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata)
+    write_safetensors(folder / "model.safetensors", tensors)
     if stored is None:
-        settings = _settings_from_config(config, params["embed"]["embedding"].dtype.name)
+        settings = _settings_from_config(config, shapes["embed"]["embedding"].dtype.name)
     else:
         settings = stored.settings
         for name, content in stored.files().items():
@@ -250,7 +253,14 @@ def _leaf_name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _transposed(leaf_name: str, array: np.ndarray) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames=("floats", "leaf_name"))
+def _tensor(floats: Callable[[Any], Params], leaf_name: str, params: Any, layer: Any) -> Array:
+    """Computes one tensor of a checkpoint, of a layer unless that is None, and no other part."""
+    leaf = _at(floats(params), leaf_name.split("."))
+    return _transposed(leaf_name, leaf if layer is None else leaf[layer])
+
+
+def _transposed(leaf_name: str, array: Any) -> Any:
     return array.T if leaf_name.endswith(".kernel") else array
 
 
@@ -427,7 +437,7 @@ def _open_checkpoint(
 
 
 def _check_tensor(
-    stored: "_Folder | GgufFile", leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int
+    stored: "_Folder | GgufFile", leaf_name: str, expected: jax.ShapeDtypeStruct, layer: int | None
 ) -> str:
     """Returns the dtype of a tensor that has the shape it should have."""
     name = _TENSOR_NAMES[leaf_name].format(layer=layer)
@@ -438,12 +448,12 @@ def _check_tensor(
     given, dtype = stored.header(name)
     if given != shape:
         raise ValueError(f"the tensor {name} has the shape {given}; config.json implies {shape}.")
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise ValueError(
-            f"the tensor {name} is {dtype}; supported are {', '.join(_FLOATS)}, "
+            f"the tensor {name} is {dtype}; supported are {', '.join(FLOATS)}, "
             "without quantization."
         )
-    return _FLOATS[dtype]
+    return FLOATS[dtype]
 
 
 def _read_tensor(

@@ -527,14 +527,14 @@ def _result(
 
 
 def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
-    # In the host's memory: the float weights may not fit on the device.
-    params = everywhere(params)
+    # On the host, where there is room for a float tensor.
+    params = jax.device_put(everywhere(params), jax.local_devices(backend="cpu")[0])
     if not writes_files():
         return
+    settings, floats = run.settings, run.training.float_params
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filled(folder) as partial, jax.default_device(jax.local_devices(backend="cpu")[0]):
-        floats = run.training.float_params(params)
-        save_llama(partial, run.settings.model, floats, like=run.settings.load)
+    with filled(folder) as partial:
+        save_llama(partial, settings.model, params, floats=floats, like=settings.load)
         text.tokenizer.save(partial / "tokenizer.json")
 
 

@@ -19,8 +19,13 @@ CONFIG = LlamaConfig(32, hidden_size=32, intermediate_size=48, num_layers=2, num
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n == "lora_r8" else pytest.mark.release)
+        for n in METHODS
+    ],
+)
 def test_every_method_begins_with_the_checkpoint_and_learns(name: str) -> None:
     params = jax.jit(lambda: model.init_params(CONFIG, 0))()
     expected = train.make_loss(CONFIG, dtype=jnp.float32, remat=False)(params, TOKENS)

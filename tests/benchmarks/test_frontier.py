@@ -86,13 +86,8 @@ def assert_directions(rule: Rule, params: dict[str, Any]) -> None:
         assert jnp.sum(u * drawn[name]) > 0.2 * jnp.linalg.norm(u) * jnp.linalg.norm(drawn[name])
 
 
-@pytest.mark.parametrize(
-    ("hidden", "vocabulary"),
-    [
-        pytest.param("whitened", "factored", marks=pytest.mark.slow),
-        pytest.param("muon", "adam", marks=pytest.mark.release),
-    ],
-)
+@pytest.mark.release
+@pytest.mark.parametrize(("hidden", "vocabulary"), [("whitened", "factored"), ("muon", "adam")])
 def test_models_side_by_side_are_trained_as_alone(hidden, vocabulary):
     tokens = np.random.default_rng(0).integers(0, 1024, 9000).astype(np.uint16)
     texts, setting = Texts(tokens, tokens), Setting("", width=32, layers=1, steps=3, sequences=2)

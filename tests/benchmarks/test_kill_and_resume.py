@@ -11,7 +11,7 @@ from benchmarks import kill_and_resume
 from examples.llama.metrics import read_metrics
 from tests.examples.tiny_pretrain import squares
 
-STEPS = 24
+STEPS = 12
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_a_run_killed_at_start_in_a_step_and_in_a_save_ends_as_if_never_killed(
     corpus = tmp_path / "text.txt"
     corpus.write_text(squares())
     sizes = "--sequence 16 --batch 4 --micro-batches 1 --evaluation-batches 1 --sample-length 0"
-    lengths = f"--steps {STEPS} --checkpoint-every 2 --evaluate-every 10 --log-every 1 --rank 4"
+    lengths = f"--steps {STEPS} --checkpoint-every 2 --evaluate-every 5 --log-every 1 --rank 4"
     options = ["--data", str(corpus), *sizes.split(), *lengths.split()]
 
     def trained(program: str, *more: str) -> int:

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 CONFIG = LlamaConfig(
     256, 128, 256, num_layers=2, num_heads=4, num_kv_heads=2, rms_norm_eps=1e-5, tied=True
 )
+SLOW = ("apollo_mini_int8", "lora")
 TOKENS = jax.random.randint(jax.random.key(1), (4, 17), 0, 256)
 
 
@@ -42,8 +43,13 @@ def test_both_rates_are_swept_until_worse_on_both_sides_and_run_with_three_seeds
         assert min(of_vocabulary) < best.vocabulary_learning_rate < max(of_vocabulary)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in SLOW else pytest.mark.release)
+        for n in METHODS
+    ],
+)
 def test_every_method_begins_with_the_checkpoint_and_learns(name: str) -> None:
     params: Any = jax.jit(lambda: model.init_params(CONFIG, 0))()
     expected = model.cross_entropy(

@@ -85,6 +85,12 @@ def test_loading_returns_what_was_saved(tmp_path, config, dtype):
     assert_equal_params(loaded, params)
 
 
+def test_quantized_weights_are_saved_as_the_floats_that_they_stand_for(tmp_path):
+    quantized = quantization.quantize(random_params(GROUPED))
+    save_llama(tmp_path, GROUPED, quantized, floats=quantization.dequantize)
+    assert_equal_params(load_llama(tmp_path)[1], quantization.dequantize(quantized))
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_loaded_model_is_saved_as_it_was_but_for_its_weights(folder, tmp_path, tied):
     norm = load_file(folder / "model.safetensors")["model.norm.weight"]

@@ -136,13 +136,8 @@ MESHED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("adamw", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.release) for name in ("apollo", "mini-layerwise")),
-    ],
-)
+@pytest.mark.release
+@pytest.mark.parametrize("name", MESHED)
 def test_mesh_trains_and_resumes_as_one_device(name: str, command: Command, tmp_path: Path) -> None:
     flags, sizes = MESHED[name], ["--batch", "8", "--checkpoint-every", "3"]
     alone, meshed = tmp_path / "alone", tmp_path / "meshed"

@@ -44,7 +44,9 @@ def launch(flags: list[str]) -> Iterator[Launch]:
     """Starts processes with two devices each; ends what is left of them."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(number: int, output: Path, *more: str) -> list[subprocess.Popen[str]]:
+    def start(
+        number: int, output: Path, *more: str, timeout: int = TIMEOUT
+    ) -> list[subprocess.Popen[str]]:
         command = [sys.executable, "-m", "tests.examples.tiny_pretrain", *flags]
         command += ["--output", str(output), *more]
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
@@ -54,7 +56,7 @@ def launch(flags: list[str]) -> Iterator[Launch]:
         for index in range(number):
             joined = [
                 *("--coordinator", f"127.0.0.1:{port}", "--processes", str(number)),
-                *("--process", str(index), "--process-timeout", str(TIMEOUT)),
+                *("--process", str(index), "--process-timeout", str(timeout)),
             ]
             started.append(
                 subprocess.Popen(
@@ -130,7 +132,8 @@ ENDLESS = ["--steps", "100000", "--mesh", "data=2,fsdp=2", "--log-every", "1"]
 def test_when_one_is_killed_the_other_ends_and_says_so(
     killed: int, launch: Launch, tmp_path: Path
 ) -> None:
-    processes = launch(2, tmp_path / "run", *ENDLESS)
+    # Where it does not fail in a collective, it waits as long.
+    processes = launch(2, tmp_path / "run", *ENDLESS, timeout=60)
     wait_for(tmp_path / "run" / "checkpoints" / "3", processes)
     processes[killed].kill()
     # A collective fails at once; a process that does not take part in one hears by heartbeat.
