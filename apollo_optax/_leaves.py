@@ -112,9 +112,13 @@ def adam_update(
     t: Int[Array, ""],
     hyper: Hyperparameters,
 ) -> tuple[Float[Array, "*leaf"], LeafState]:
-    """Takes one step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix."""
+    """Takes one step of Adam (Kingma and Ba, 2015), for a leaf that is not a matrix.
+
+    A finite entry whose square overflows counts as zero: its second moment would stay infinite.
+    """
     b1, b2, eps, *_ = hyper
     in_float32 = g.astype(wide(g.dtype))
+    in_float32 = jnp.where(jnp.isfinite(g), without_overflow(in_float32), in_float32)
     mu, nu = moments(in_float32, state.mu, state.nu, hyper)
     update = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
     mu, nu = mu.astype(state.mu.dtype), nu.astype(state.nu.dtype)

@@ -10,6 +10,7 @@ with a malloc that keeps its memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1
 without that:
 
     python -m benchmarks.real_model --load SmolLM2-135M-Instruct.Q4_1.gguf --memory
+    python -m benchmarks.real_model --load SmolLM2-135M-Instruct.Q4_1.gguf --time
 """
 
 import argparse
@@ -30,7 +31,7 @@ import numpy as np
 import optax
 
 from benchmarks import fine_tuning
-from benchmarks.rows import RESULTS, Row, add_row, read_rows
+from benchmarks.rows import RESULTS, Row, add_row, add_rows, read_rows
 from examples.llama import corpus, data, layered, tokenizer, train
 from examples.llama.checkpoint import tree_bytes
 from examples.llama.config import LlamaConfig
@@ -43,7 +44,7 @@ COMMAND = "python -m benchmarks.real_model"
 TEXT = Path("/usr/share/perl")
 STEPS, SEQUENCES, SEQUENCE_LENGTH, EVALUATION_SEQUENCES = 80, 2, 128, 32
 _SEEDS = (0, 1, 2)
-_STEPS_FOR_MEMORY = 2
+_STEPS_FOR_MEMORY, _STEPS_FOR_TIME = 2, 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +63,15 @@ METHODS = {
     "adamw": Method("AdamW", 2e-4, {"name": "adamw"}),
     "apollo_quarter": Method("APOLLO, r = 1/4", 1e-3, {"name": "apollo", "rank": 144}),
     "swan": Method("SWAN, factored vocabulary", 2e-4, {"name": "swan", "vocabulary": "factored"}),
-    "apollo_mini": Method("APOLLO-Mini", 2.5e-4, _MINI),
+    "apollo_mini": Method("APOLLO-Mini", 1e-3, _MINI),
     "apollo_mini_factored": Method(
-        "APOLLO-Mini, factored vocabulary", 2.5e-4, _MINI | {"vocabulary": "factored"}
+        "APOLLO-Mini, factored vocabulary", 1e-3, _MINI | {"vocabulary": "factored"}
     ),
-    "lora": Method("LoRA, r = 16", 1e-3, {"name": "adamw"}, lora_rank=16),
+    "lora": Method("LoRA, r = 16", 2e-3, {"name": "adamw"}, lora_rank=16),
     "apollo_eighth": Method("APOLLO, r = 1/8", 1e-3, {"name": "apollo", "rank": 72}),
     "apollo_mini_int8": Method(
         "APOLLO-Mini, factored vocabulary, int8, layer-wise",
-        2.5e-4,
+        1e-3,
         _MINI | {"vocabulary": "factored"},
         int8=True,
     ),
@@ -234,6 +235,41 @@ def run(name: str, trial: Trial, load: Path, *, steps: int = STEPS, is_first: bo
     return row
 
 
+def steps_side_by_side(names: Sequence[str], load: Path) -> list[Row]:
+    """Trains by all methods in this process, a step of each in turn.
+
+    Returns:
+      A row a method; `side_by_side_seconds` is the median of its steps but the first.
+    """
+    config = describe_llama(load).config
+    shape = (SEQUENCES, SEQUENCE_LENGTH + 1)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
+    trials = {name: Trial(METHODS[name].start, _VOCABULARY_START) for name in names}
+    states, steps = {}, {}
+    for name, trial in trials.items():
+        training = training_of(METHODS[name], trial, config)
+        _, params = load_llama(load, convert=training.keep)
+        states[name] = jax.jit(training.init_state, donate_argnums=0)(params)
+        steps[name] = training.step.lower(states[name], tokens).compile()
+        del params
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(_STEPS_FOR_TIME):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            states[name], outcome = step(states[name], tokens)
+            jax.block_until_ready((states[name], outcome))
+            times[name].append(time.perf_counter() - began)
+    return [
+        {
+            **{"method": name, **trial._asdict(), "steps": _STEPS_FOR_TIME},
+            **{"tokens_a_step": SEQUENCES * SEQUENCE_LENGTH, "side_by_side": list(names)},
+            "state_bytes": tree_bytes(states[name].opt_state),
+            "side_by_side_seconds": round(statistics.median(times[name][1:]), 3),
+        }
+        for name, trial in trials.items()
+    ]
+
+
 def _peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -242,22 +278,26 @@ def table(rows: Sequence[Row]) -> str:
     """Every method at the best of its learning rates so far, in Markdown."""
     lines = [
         "| method | learning rate, matrices / vocabulary | Perl | Python, after | optimizer state "
-        "| process at most | sweep |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| process at most | step, of AdamW's | sweep |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     before = next(row for row in rows if "loss_before" in row)
     losses_before = (f"{before[key]:.3f}" for key in ("loss_before", "python_before"))
-    lines.append(f"| as loaded | | {' | '.join(losses_before)} | | | |")
+    lines.append(f"| as loaded | | {' | '.join(losses_before)} | | | | |")
+    seconds = {
+        row["method"]: row["side_by_side_seconds"] for row in rows if "side_by_side_seconds" in row
+    }
     for name, method in METHODS.items():
         of_method = [row for row in rows if row["method"] == name]
         if not of_method:
             continue
-        peaks = [row["process_bytes"] for row in of_method if row["steps"] < STEPS]
+        peaks = [row["process_bytes"] for row in of_method if "process_bytes" in row]
         process = f"{max(peaks) / 2**30:.2f} GiB" if peaks else ""
         state = f"{of_method[0]['state_bytes'] / 1e6:,.1f} MB"
+        ratio = f"{seconds[name] / seconds['adamw']:.2f}" if name in seconds else ""
         losses = losses_of(rows, name)
         if not losses:
-            lines.append(f"| {method.label} | | | | {state} | {process} | |")
+            lines.append(f"| {method.label} | | | | {state} | {process} | {ratio} | |")
             continue
         best = min((t for t in losses if t.seed == 0), key=lambda t: losses[t])
         own = [
@@ -280,6 +320,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{statistics.fmean(row['loss_on_python'] for row in own):.3f}",
             state,
             process,
+            ratio,
             f"open, {len(losses)} runs" if open_sweep else f"{len(losses)} runs",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -298,6 +339,9 @@ def main() -> None:
     parser.add_argument(
         "--memory", action="store_true", help="the peak of a process, by two steps of each method"
     )
+    parser.add_argument(
+        "--time", action="store_true", help="the time of a step, all methods side by side"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
@@ -309,6 +353,10 @@ def main() -> None:
         row = run(name, trial, options.load, steps=options.steps, is_first=is_first)
         add_row(options.output, COMMAND, row)
         print(f"{name} {tuple(trial)}: {row['validation_loss']}", flush=True)
+        return
+
+    if options.time:
+        add_rows(options.output, COMMAND, steps_side_by_side(options.method, options.load))
         return
 
     def start(name: str, trial: Trial, steps: int = STEPS) -> None:

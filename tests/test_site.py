@@ -212,7 +212,7 @@ def test_figures_of_the_micro_batch_in_the_text_are_those_of_the_results() -> No
     )
     peak, capacity = (f"{row[key] / 2**30:.2f}" for key in ("peak_bytes", "capacity_bytes"))
     page = words_of(DOCS / "benchmarks.md")
-    assert f"AdamW's ordinary step needs {peak} of the {capacity} GiB" in page
+    assert f"AdamW's ordinary step needs {peak} GiB. A program can use {capacity} GiB" in page
 
 
 def test_figures_of_the_readme_are_those_of_the_results() -> None:

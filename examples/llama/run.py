@@ -527,10 +527,11 @@ def _result(
 
 
 def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
-    # On the host, where there is room for a float tensor.
-    params = jax.device_put(everywhere(params), jax.local_devices(backend="cpu")[0])
+    params = everywhere(params)
     if not writes_files():
         return
+    # On the host, where there is room for a float tensor.
+    params = jax.device_put(params, jax.local_devices(backend="cpu")[0])
     settings, floats = run.settings, run.training.float_params
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filled(folder) as partial:
