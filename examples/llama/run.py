@@ -531,10 +531,11 @@ def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
     if not writes_files():
         return
     # On the host, where there is room for a float tensor.
-    params = jax.device_put(params, jax.local_devices(backend="cpu")[0])
+    host = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("host",))
     settings, floats = run.settings, run.training.float_params
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filled(folder) as partial:
+    with filled(folder) as partial, jax.set_mesh(host):
+        params = jax.device_put(params, host.devices[0])
         save_llama(partial, settings.model, params, floats=floats, like=settings.load)
         text.tokenizer.save(partial / "tokenizer.json")
 
