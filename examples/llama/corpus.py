@@ -92,6 +92,11 @@ def load_corpus(source: str | None = None) -> Corpus:
         raise ValueError(f"{source}: no such file or folder; expected {_EXPECTED}")
     if holds_rows(path):
         return _split_by_hash(source, _file_documents(path, path.name))
+    if path.suffix.lower() == ".json":
+        raise ValueError(
+            f"{source}: a .json file may have an object a line, or one value; expected {_EXPECTED}"
+            "; write an object a line to a .jsonl file, or name the file .txt to learn it as text"
+        )
     return _split_text_file(source, path)
 
 
@@ -113,7 +118,12 @@ def _written_at_installation(path: Path) -> bool:
 def _files(root: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
     """Files below a folder, in the order of their relative paths, without hidden ones."""
     found: list[Path] = []
-    for folder, folders, names in os.walk(root):
+    walked: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in walked:
+            folders.clear()  # a link to where the walk has been
+            continue
+        walked.add(real)
         folders[:] = [name for name in folders if name not in excluded and name[0] != "."]
         found.extend(Path(folder, name) for name in names if name[0] != ".")
     regular = [path for path in found if path.is_file()]
@@ -138,7 +148,7 @@ def _folder_documents(root: Path, paths: Iterable[Path]) -> Iterator[tuple[str, 
 
 def holds_rows(path: Path) -> bool:
     """Whether a file is named as one of JSON lines or of Parquet."""
-    return path.name.endswith((*_JSON_LINES, ".parquet"))
+    return path.name.lower().endswith((*_JSON_LINES, ".parquet"))
 
 
 def _file_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
@@ -164,11 +174,12 @@ def file_rows(
       ValueError: If the file or a row is not of its form.
       ImportError: If the file is Parquet, and pyarrow is not installed.
     """
-    return _parquet_rows(path, columns) if path.suffix == ".parquet" else _json_rows(path)
+    is_parquet = path.suffix.lower() == ".parquet"
+    return _parquet_rows(path, columns) if is_parquet else _json_rows(path)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
@@ -198,8 +209,16 @@ def _text_of(row: dict[str, Any], where: str) -> str:
     text = row["text"]
     if not isinstance(text, str | None):
         raise ValueError(f'{where}: "text" is a {type(text).__name__}; expected a string')
-    # JSON can escape half a surrogate pair, which no encoding accepts.
-    return (text or "").encode(errors="replace").decode()
+    return without_halves(text or "")
+
+
+def without_halves(text: str) -> str:
+    r"""Replaces half a surrogate pair, which JSON can escape and no encoding accepts.
+
+    >>> without_halves("a\ud83d")
+    'a?'
+    """
+    return text.encode(errors="replace").decode()
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -13,6 +13,7 @@ from grain.experimental import (
 )
 from jaxtyping import Int32, Integer
 
+from examples.llama.hub import HELD_OUT_DOCUMENTS
 from examples.llama.tokenizer import Tokenizer
 
 # Gathering a batch takes less time than handing it over from a thread.
@@ -279,7 +280,10 @@ def streamed_batches(
     _check_positive("batch_size", batch_size)
     _check_positive("sequence_length", sequence_length)
     if next(iter(documents), None) is None:
-        raise ValueError("the streamed corpus has no documents; expected at least one")
+        raise ValueError(
+            "the streamed corpus has no documents to train on; without a split `validation`, the "
+            f"first {HELD_OUT_DOCUMENTS:,} are held out"
+        )
     ids = documents.map(lambda text: _document_ids(text, tokenizer))
     # Grain's ConcatThenSplitIterDataset 0.2.18 does not go on from its own state to the token.
     windows: grain.IterDataset = _StreamedWindows(RepeatIterDataset(ids, epochs), sequence_length)

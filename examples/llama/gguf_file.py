@@ -130,11 +130,7 @@ class GgufFile:
         return array
 
     def files(self) -> dict[str, bytes]:
-        """Returns the contents of the files of the tokenizer, by name.
-
-        Raises:
-          ValueError: If the tokenizer is of a kind that is not supported.
-        """
+        """Returns what a folder has beside weights and tokenizer, by the names of the files."""
         tokens = self._field("tokenizer.ggml.tokens")
         special = {
             f"{name}_token": tokens[number]
@@ -145,10 +141,16 @@ class GgufFile:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
         if template is not None:
             settings["chat_template"] = template
-        return {
-            "tokenizer.json": self._tokenizer(tokens).to_str(pretty=True).encode(),
-            "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
-        }
+        return {"tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+
+    def tokenizer(self) -> bytes:
+        """Returns the content of `tokenizer.json`.
+
+        Raises:
+          ValueError: If the tokenizer is of a kind that is not supported.
+        """
+        tokens = self._field("tokenizer.ggml.tokens")
+        return self._tokenizer(tokens).to_str(pretty=True).encode()
 
     def _field(self, name: str, *default: Any) -> Any:
         field = self._fields.get(name)
@@ -189,6 +191,8 @@ class GgufFile:
             raise ValueError(
                 f"{self.path}: the rotary scaling is {scaling!r}; supported are none and LLaMA 3's"
             )
+        if bias := next((name for name in self._tensors if name.endswith(".bias")), None):
+            raise ValueError(f"{self.path} has a bias, {bias}; supported are models without biases")
         if _ROPE_FACTORS in self._tensors:
             settings["rope_scaling"] = self._llama3_rope(settings)
         return settings

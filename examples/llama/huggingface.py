@@ -90,7 +90,8 @@ def checkpoint_file(checkpoint: Path, name: str) -> bytes | None:
     """
     folder = _local(checkpoint)
     if folder.suffix == GGUF:
-        return GgufFile(folder).files().get(name)
+        file = GgufFile(folder)
+        return file.tokenizer() if name == "tokenizer.json" else file.files().get(name)
     path = folder / name
     return path.read_bytes() if path.is_file() else None
 
@@ -216,7 +217,8 @@ def save_llama(
             the part that is written next is computed.
         like: the checkpoint that the model was loaded from. Everything but the weights is then as
             it is there: the dtype of each tensor, all of `config.json`, and the other files, such
-            as those of tokenizer, chat template and generation. If None, tensors keep the dtypes of
+            as those of tokenizer, chat template and generation; but the `tokenizer.json` of a GGUF
+            file is left out. If None, tensors keep the dtypes of
             `params`, and `config.json` names no ids of begin and end.
 
     Raises:

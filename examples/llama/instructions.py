@@ -33,6 +33,8 @@ _FORMS = (
 
 
 _FIELDS = {"messages", "prompt", "completion"}
+# What a message has besides its text, and a template would write.
+_REFUSED = ("tool_calls", "function_call")
 
 
 class Turn(NamedTuple):
@@ -118,7 +120,7 @@ def _splits_of_rows(source: str) -> Mapping[str, Callable[[], Iterator[tuple[Any
     path = Path(source).expanduser()
     if not (path.is_file() and corpus.holds_rows(path)):
         return {}
-    return {"train": functools.partial(corpus.file_rows, path, ("text", *sorted(_FIELDS)))}
+    return {"train": functools.partial(corpus.file_rows, path, ("text", *sorted(_FIELDS), "tools"))}
 
 
 def parse_example(row: Mapping[str, Any], where: str) -> Example:
@@ -134,6 +136,8 @@ def parse_example(row: Mapping[str, Any], where: str) -> Example:
     >>> parse_example({"prompt": "1 + 1 =", "completion": " 2"}, "sums, line 1").turns[1]
     Turn(role=None, content=' 2', trained=True)
     """
+    if row.get("tools"):
+        raise ValueError(f"{where}: the row has tools; supported are conversations without tools")
     if "messages" in row:
         turns = _turns(row["messages"], where, learn=True)
     else:
@@ -144,7 +148,10 @@ def parse_example(row: Mapping[str, Any], where: str) -> Example:
             )
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            turns = (Turn(None, prompt, False), Turn(None, completion, True))
+            turns = (
+                Turn(None, corpus.without_halves(prompt), False),
+                Turn(None, corpus.without_halves(completion), True),
+            )
         else:
             turns = (
                 *_turns(prompt, where, learn=False),
@@ -169,7 +176,16 @@ def _turns(messages: Any, where: str, *, learn: bool) -> tuple[Turn, ...]:
                 f"{where}: the message {json.dumps(message)[:80]} has no role and content that "
                 f"are strings; expected {_FORMS}"
             )
-        turns.append(Turn(role, content, learn and role == "assistant"))
+        refused = [name for name in _REFUSED if message.get(name)]
+        weight = message.get("weight", 1)
+        if refused or weight not in (0, 1):
+            named = refused[0] if refused else f"weight {weight!r}"
+            raise ValueError(
+                f"{where}: the message {json.dumps(message)[:80]} has {named}; supported are "
+                "messages of text, with a weight of 0 or 1"
+            )
+        trained = learn and role == "assistant" and weight == 1
+        turns.append(Turn(role, corpus.without_halves(content), trained))
     return tuple(turns)
 
 

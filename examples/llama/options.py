@@ -34,6 +34,7 @@ from examples.llama.optimizers import (
     OPTIONS_OF,
     OptimizerName,
     OptimizerSettings,
+    usual_vocabulary,
 )
 
 __all__ = [
@@ -471,7 +472,7 @@ def _optimizer_settings(
         alpha=alphas.get(name, _GALORE_ALPHA),
         update_proj_gap=defaults.update_proj_gap,
         momentum=0.9 if name == "sgd" else 0.0,
-        vocabulary="factored" if name == "swan" else "adam",
+        vocabulary=usual_vocabulary(name),
     )
     given = dataclasses.replace(config.optimizer, name=name, seed=config.training.seed)
     return filled(given, vars(usual))

@@ -11,8 +11,14 @@ import tyro
 from jax.sharding import Mesh
 
 from apollo_optax import planning
-from examples.llama.command_line import MODEL_NAME, check_ranges, parse
-from examples.llama.config import MODELS, PRESETS, LlamaConfig, parameter_count
+from examples.llama.command_line import MODEL_NAME, check_ranges, default, parse
+from examples.llama.config import (
+    MODELS,
+    PRESETS,
+    LlamaConfig,
+    fine_tuning_settings,
+    parameter_count,
+)
 from examples.llama.huggingface import describe_shape
 from examples.llama.memory import bytes_on_a_device
 from examples.llama.mesh import (
@@ -24,6 +30,7 @@ from examples.llama.optimizers import (
     OptimizerName,
     OptimizerSettings,
     VocabularyName,
+    usual_vocabulary,
 )
 from examples.llama.options import ModelName, RunSettings, Weights
 from examples.llama.run import Run, abstract_state, abstract_tokens, placed_step
@@ -87,8 +94,10 @@ class PlanConfig:
     batch: int = 1
     sequence: int = 256
     remat: bool = False
-    rank: int | None = None
-    vocabulary: VocabularyName = "adam"
+    rank: Annotated[int | None, default("INT", "as pretrain")] = None
+    vocabulary: Annotated[
+        VocabularyName | None, default("{adam,factored,factored_momentum}", "as pretrain")
+    ] = None
     project_embeddings: bool = False
     lora: int = 0
     largest_batch: bool = False
@@ -145,6 +154,7 @@ def asked(config: PlanConfig) -> dict[str, Any]:
     """Returns the question of a plan, as JSON can hold it."""
     question = dataclasses.asdict(config)
     del question["json"], question["largest_batch"]
+    question["vocabulary"] = _vocabulary(config)
     if config.load is not None:
         question |= {"model": None, "load": str(config.load)}
     return question
@@ -203,6 +213,10 @@ def _largest_batch(config: PlanConfig) -> planning.LargestBatch:
 def _mesh(config: PlanConfig) -> Mesh:
     """The mesh of `--mesh`; all devices divide the batch if it is left out."""
     target = planning.parse_target(config.device)
+    if config.lora and target.device_count > 1:
+        raise ValueError(
+            f"--lora {config.lora} trains on one device; {config.device} has {target.device_count}"
+        )
     sizes = parse_mesh(config.mesh or f"data={target.device_count}")
     if target.slices > 1 and sizes["data"] == 1:
         # The first axis crosses between slices.
@@ -220,6 +234,10 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
     """What `pretrain` would train, but for the guard of its steps."""
     shape = _shape(config)
     preset = PRESETS.get(config.model) if config.load is None else None
+    if config.load is not None:
+        rank = fine_tuning_settings(shape, steps=_STEPS, dtype="bfloat16").rank
+    else:
+        rank = preset.rank if preset else max(1, shape.hidden_size // 4)
     settings = RunSettings(
         model=shape,
         load=None,
@@ -227,8 +245,8 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
             config.optimizer,
             DEFAULT_LEARNING_RATES[config.optimizer],
             _STEPS,
-            rank=config.rank or (preset.rank if preset else max(1, shape.hidden_size // 4)),
-            vocabulary=config.vocabulary,
+            rank=config.rank or rank,
+            vocabulary=_vocabulary(config),
             project_embeddings=config.project_embeddings,
         ),
         weights=config.weights,
@@ -243,6 +261,10 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
         data="",
     )
     return Run(settings, Path(), False, mesh, float32_moments=config.moments == "f32")
+
+
+def _vocabulary(config: PlanConfig) -> VocabularyName:
+    return config.vocabulary or usual_vocabulary(config.optimizer)
 
 
 def _name(config: PlanConfig) -> str:

@@ -286,7 +286,14 @@ def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path) -> Tokenize
     trained = folder / _TOKENIZER
     if spec.startswith("train:") and config.output.resume and trained.is_file():
         spec = str(trained)
-    return load_tokenizer(spec, corpus.train)
+    tokenizer = load_tokenizer(spec, corpus.train)
+    asked = config.data.tokenizer
+    if spec == str(trained) and asked != f"train:{tokenizer.vocab_size}":
+        raise ValueError(
+            f"--tokenizer is {asked}, and the run in {folder} was started with "
+            f"train:{tokenizer.vocab_size}; give that, or another --output for a new run"
+        )
+    return tokenizer
 
 
 def _require_bytes(load: Path) -> None:
@@ -344,10 +351,9 @@ def train_all(
         output = config.output
         if output.export is not None and len(plan.runs) > 1:
             output = dataclasses.replace(output, export=output.export / run.settings.optimizer.name)
-        exported = output.export is None or output.export.exists()
         console.print(f"{optimizer_line(run.settings)}; to {run.folder}")
         console.print(state_line(run.settings))
-        result = read_result(run) if exported else None
+        result = read_result(run) if output.export is None else None
         result = result or train_run(
             run,
             plan.text,

@@ -120,7 +120,26 @@ def test_text_file_without_a_line_end_near_the_cut_is_still_split(tmp_path, text
     assert len(validation) <= max(1, len(text) // 10)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "c4.00000-of-00512.json.gz"])
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "books").mkdir()
+    for number in range(3):
+        (tmp_path / "books" / f"{number}.txt").write_text(f"book {number}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "books").symlink_to(tmp_path / "books")
+    (tmp_path / "books" / "again").symlink_to(tmp_path / "mine")
+    corpus = load_corpus(str(tmp_path / "mine"))
+    assert sorted([*corpus.train, *corpus.validation]) == ["book 0", "book 1", "book 2"]
+
+
+def test_a_json_file_is_not_learned_as_text(tmp_path):
+    (tmp_path / "chats.json").write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match=r"a \.json file may have .* to a \.jsonl file"):
+        load_corpus(str(tmp_path / "chats.json"))
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "ROWS.JSONL", "rows.jsonl.gz", "c4.00000-of-00512.json.gz"]
+)
 def test_json_lines_hold_out_the_same_texts_in_any_order_and_form(tmp_path, name):
     rows = [{"text": text, "url": "https://example.org"} for text in TEXTS]
     corpus = load_corpus(write_rows(tmp_path / name, rows))

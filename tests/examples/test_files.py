@@ -1,6 +1,8 @@
 import contextlib
 from pathlib import Path
 
+import pytest
+
 from examples.llama.files import filled, replaced, write_text
 
 
@@ -28,6 +30,14 @@ def test_a_new_folder_is_there_with_all_its_files_or_not_at_all(tmp_path: Path) 
         (partial / "whole").touch()
     assert [path.name for path in folder.iterdir()] == ["whole"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_working_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with filled(Path(".")) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("new")
+    assert (tmp_path / "new").read_text() == "new"
 
 
 def test_what_else_a_folder_holds_is_left(tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def write_gguf(
     add("output_norm.weight", params["norm"]["scale"])
     if not config.tied:
         add("output.weight", params["lm_head"]["kernel"].T)
+    if "bias" in fields:
+        add("blk.0.attn_q.bias", np.ones(config.hidden_size, np.float32))
     if "rope_factors" in fields:
         add("rope_freqs.weight", fields["rope_factors"])
     blocks = params["blocks"]
@@ -175,9 +177,7 @@ def test_words_are_divided_as_the_file_says(tmp_path: Path, pre: str, ids: list[
     assert read_tokenizer(content, "it").encode("121").tolist() == ids
 
 
-def test_a_gguf_file_is_saved_as_a_folder_with_its_tokenizer_and_template(
-    file: Path, tmp_path: Path
-) -> None:
+def test_a_gguf_file_is_saved_as_a_folder_with_its_template(file: Path, tmp_path: Path) -> None:
     config, params = load_llama(file)
     save_llama(tmp_path / "saved", config, params, like=file)
     loaded, read = load_llama(tmp_path / "saved")
@@ -189,7 +189,6 @@ def test_a_gguf_file_is_saved_as_a_folder_with_its_tokenizer_and_template(
     config_json = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config_json["eos_token_id"] == 259
     assert config_json["max_position_embeddings"] == 512
-    assert (tmp_path / "saved" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +196,7 @@ def test_a_gguf_file_is_saved_as_a_folder_with_its_tokenizer_and_template(
     [
         ({"architecture": "gemma"}, "architecture 'gemma'; supported is 'llama' alone"),
         ({"without_table": True}, "has no tensor token_embd.weight; a LLaMA model has it"),
+        ({"bias": True}, "has a bias, blk.0.attn_q.bias; supported are models without biases"),
         ({"rope_scaling": "linear"}, "rotary scaling is 'linear'; supported are none and"),
         ({"rope_factors": np.full(8, 2.0, np.float32)}, "rope_freqs.weight are not those of LLaMA"),
     ],
@@ -213,6 +213,14 @@ def test_a_tokenizer_of_another_kind_is_named_with_the_remedy(tmp_path: Path) ->
     write_gguf(tmp_path / "model.gguf", CONFIG, random_params(CONFIG), tokenizer="llama")
     with pytest.raises(ValueError, match=r"the tokenizer is 'llama'.*Give --tokenizer"):
         checkpoint_file(tmp_path / "model.gguf", "tokenizer.json")
+
+
+def test_a_model_whose_tokenizer_is_of_another_kind_is_saved_without_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(file, CONFIG, random_params(CONFIG), tokenizer="llama")
+    save_llama(tmp_path / "saved", *load_llama(file), like=file)
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a GGUF file at all, by far" * 9])

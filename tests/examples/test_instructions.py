@@ -75,6 +75,20 @@ def test_a_prompt_of_messages_is_read_and_its_completion_learned() -> None:
     assert marks.endswith("^^^^")
 
 
+def test_an_answer_of_weight_zero_is_not_learned() -> None:
+    messages = chat("hi", "yes", "and", "no")["messages"]
+    text, marks = learned({"messages": [messages[0], messages[1] | {"weight": 0}, *messages[2:]]})
+    assert text == "<user>hi#\n<assistant>yes#\n<user>and#\n<assistant>no#\n"
+    assert marks.count("^") == len("no#\n")
+
+
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    text, _ = learned({"prompt": "a\ud83d", "completion": "b"})
+    assert text == "a?b\n"
+    text, _ = learned(chat("a\ud83d", "b"))
+    assert "a?" in text
+
+
 @pytest.mark.parametrize(
     ("row", "match"),
     [
@@ -84,6 +98,12 @@ def test_a_prompt_of_messages_is_read_and_its_completion_learned() -> None:
         ({"messages": [{"role": "user"}]}, "has no role and content that are strings"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "has no role and content"),
         (chat("only a question"), "there is no message of the assistant and no completion"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}]},
+            "has tool_calls; supported are messages of text",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "weight": 2}]}, "has weight 2; supported"),
+        (chat("hi", "yes") | {"tools": [{}]}, "line 7: the row has tools; supported are"),
         ({"prompt": "a", "completion": ""}, "there is no message of the assistant and no"),
     ],
 )

@@ -106,6 +106,11 @@ def test_swan_copies_no_stack_of_layers_to_lay_it_out_anew(tmp_path: Path) -> No
     assert swan.temporary_bytes < mini.temporary_bytes + one_stack / 2
 
 
+def test_what_is_left_out_is_as_pretrain_has_it() -> None:
+    assert asked(PlanConfig(optimizer="swan"))["vocabulary"] == "factored"
+    assert asked(PlanConfig(optimizer="apollo"))["vocabulary"] == "adam"
+
+
 @pytest.mark.planning
 @pytest.mark.parametrize("device", ["rtx-4060-8gb", "tpu-v5e"])
 def test_7b_begins_where_its_int8_step_fits(device: str) -> None:
@@ -126,6 +131,10 @@ def test_7b_begins_where_its_int8_step_fits(device: str) -> None:
         (["--mesh", "rows=2"], "allowed are data=N"),
         (["--mesh", "data=3"], "3"),
         (["--weights", "int8"], "add --update layerwise"),
+        (
+            ["--device", "a100-80gb:2", "--optimizer", "adamw", "--lora", "2"],
+            "--lora 2 trains on one device; a100-80gb:2 has 2",
+        ),
     ],
 )
 def test_wrong_input_is_answered_in_one_line(

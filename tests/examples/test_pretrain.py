@@ -268,6 +268,7 @@ def test_a_finished_run_can_be_exported_later(
     folder, flags = finished
     before = metrics(folder)
     result = json.loads((folder / "result.json").read_text())
+    (tmp_path / "model").mkdir()
     code, output = run([*command(folder, *flags), "--resume", "--export", str(tmp_path / "model")])
     assert code == 0
     assert "step 6/6" not in output

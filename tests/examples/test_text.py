@@ -48,12 +48,14 @@ def test_batches_go_on_from_a_state_that_went_through_json(streamed: bool) -> No
     later.close()
 
 
-def test_digest_changes_with_the_training_text_and_is_empty_for_a_stream() -> None:
+def test_digest_changes_with_the_training_text_or_the_held_out_text_of_a_stream() -> None:
     digest = read_text(corpus(streamed=False), BYTES).digest
     assert digest == read_text(corpus(streamed=False), BYTES).digest
     changed = [*DOCUMENTS[:-1], "another last document"]
     assert digest != read_text(corpus(streamed=False, train=changed), BYTES).digest
-    assert read_text(corpus(streamed=True), BYTES).digest == ""
+    streamed = read_text(corpus(streamed=True), BYTES)
+    assert streamed.digest == read_text(corpus(streamed=True), BYTES).digest
+    assert streamed.digest != streamed._replace(validation=streamed.validation[1:]).digest
 
 
 def test_validation_batches_are_the_same_each_time() -> None:
