@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -36,17 +37,20 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--data", str(corpus), *sizes, *lengths, "--checkpoint-every", "3"]
 
 
-Launch = Callable[..., list[subprocess.Popen[str]]]
+class Started(NamedTuple):
+    process: subprocess.Popen[bytes]
+    output: Path  # a file: a pipe that no one reads yet would hold the process when it is full
+
+
+Launch = Callable[..., list[Started]]
 
 
 @pytest.fixture
-def launch(flags: list[str]) -> Iterator[Launch]:
+def launch(flags: list[str], tmp_path: Path) -> Iterator[Launch]:
     """Starts processes with two devices each; ends what is left of them."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Started] = []
 
-    def start(
-        number: int, output: Path, *more: str, timeout: int = TIMEOUT
-    ) -> list[subprocess.Popen[str]]:
+    def start(number: int, output: Path, *more: str, timeout: int = TIMEOUT) -> list[Started]:
         command = [sys.executable, "-m", "tests.examples.tiny_pretrain", *flags]
         command += ["--output", str(output), *more]
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
@@ -58,32 +62,32 @@ def launch(flags: list[str]) -> Iterator[Launch]:
                 *("--coordinator", f"127.0.0.1:{port}", "--processes", str(number)),
                 *("--process", str(index), "--process-timeout", str(timeout)),
             ]
-            started.append(
-                subprocess.Popen(
+            said = tmp_path / f"output of process {len(started)}"
+            with open(said, "wb") as file:
+                process = subprocess.Popen(
                     command + (joined if number > 1 else []),
-                    stdout=subprocess.PIPE,
+                    stdout=file,
                     stderr=subprocess.STDOUT,
-                    text=True,
                     env=environment,
                 )
-            )
+            started.append(Started(process, said))
         return started[-number:]
 
     yield start
-    for process in started:
+    for process, _ in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def ended(processes: list[Started]) -> list[tuple[int, str]]:
     """Exit codes and outputs."""
-    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
+    codes = [process.wait(timeout=PATIENCE) for process, _ in processes]
+    return [(code, each.output.read_text()) for code, each in zip(codes, processes, strict=True)]
 
 
-def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for(path: Path, processes: list[Started]) -> None:
     for _ in range(10 * PATIENCE):
-        if path.exists() or any(process.poll() is not None for process in processes):
+        if path.exists() or any(process.poll() is not None for process, _ in processes):
             break
         time.sleep(0.1)
     assert path.exists(), ended(processes)
@@ -135,7 +139,7 @@ def test_when_one_is_killed_the_other_ends_and_says_so(
     # Where it does not fail in a collective, it waits as long.
     processes = launch(2, tmp_path / "run", *ENDLESS, timeout=60)
     wait_for(tmp_path / "run" / "checkpoints" / "3", processes)
-    processes[killed].kill()
+    processes[killed].process.kill()
     # A collective fails at once; a process that does not take part in one hears by heartbeat.
     ((code, output),) = ended(processes[1 - killed : 2 - killed])
     assert code not in (0, None)
@@ -149,7 +153,7 @@ def test_sigterm_to_one_saves_in_all_and_a_damaged_checkpoint_is_skipped_by_all(
     folder = tmp_path / "run"
     processes = launch(2, folder, *ENDLESS)
     wait_for(folder / "checkpoints" / "3", processes)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].process.send_signal(signal.SIGTERM)
     (first, output), (second, _) = ended(processes)
     assert first == second == 128 + signal.SIGTERM, output
     assert "Stopped and saved" in output
@@ -160,7 +164,7 @@ def test_sigterm_to_one_saves_in_all_and_a_damaged_checkpoint_is_skipped_by_all(
     data.write_bytes(data.read_bytes()[:10])
     processes = launch(2, folder, *ENDLESS, "--resume")
     wait_for(folder / "checkpoints" / str(before + 3), processes)
-    processes[0].send_signal(signal.SIGTERM)
+    processes[0].process.send_signal(signal.SIGTERM)
     (first, output), (second, _) = ended(processes)
     assert first == second == 128 + signal.SIGTERM, output
     assert f"the run continues from step {before}\n" in output
