@@ -177,7 +177,8 @@ def _turns(messages: Any, where: str, *, learn: bool) -> tuple[Turn, ...]:
                 f"are strings; expected {_FORMS}"
             )
         refused = [name for name in _REFUSED if message.get(name)]
-        weight = message.get("weight", 1)
+        weight = message.get("weight")
+        weight = 1 if weight is None else weight  # Parquet has None for what is left out
         if refused or weight not in (0, 1):
             named = refused[0] if refused else f"weight {weight!r}"
             raise ValueError(

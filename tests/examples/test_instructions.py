@@ -77,7 +77,9 @@ def test_a_prompt_of_messages_is_read_and_its_completion_learned() -> None:
 
 def test_an_answer_of_weight_zero_is_not_learned() -> None:
     messages = chat("hi", "yes", "and", "no")["messages"]
-    text, marks = learned({"messages": [messages[0], messages[1] | {"weight": 0}, *messages[2:]]})
+    left_out = {"weight": None, "tool_calls": None}
+    said = [messages[0], messages[1] | {"weight": 0}, *(each | left_out for each in messages[2:])]
+    text, marks = learned({"messages": said})
     assert text == "<user>hi#\n<assistant>yes#\n<user>and#\n<assistant>no#\n"
     assert marks.count("^") == len("no#\n")
 
