@@ -29,7 +29,6 @@ __all__ = [
     "learning_rate_schedule",
     "make_optimizer",
     "unstack_blocks",
-    "usual_vocabulary",
 ]
 
 OptimizerName = Literal[
@@ -37,12 +36,6 @@ OptimizerName = Literal[
 ]
 ProjectionName = Literal["gaussian", "rademacher", "svd"]
 VocabularyName = Literal["adam", "factored", "factored_momentum"]
-
-
-def usual_vocabulary(name: OptimizerName) -> VocabularyName:
-    """Returns the rule of an optimizer for embedding and head, unless told otherwise."""
-    return "factored" if name == "swan" else "adam"
-
 
 DEFAULT_LEARNING_RATES: dict[str, float] = {
     "apollo": 2e-2,

@@ -34,7 +34,6 @@ from examples.llama.optimizers import (
     OPTIONS_OF,
     OptimizerName,
     OptimizerSettings,
-    usual_vocabulary,
 )
 
 __all__ = [
@@ -472,7 +471,7 @@ def _optimizer_settings(
         alpha=alphas.get(name, _GALORE_ALPHA),
         update_proj_gap=defaults.update_proj_gap,
         momentum=0.9 if name == "sgd" else 0.0,
-        vocabulary=usual_vocabulary(name),
+        vocabulary="factored" if name == "swan" else "adam",
     )
     given = dataclasses.replace(config.optimizer, name=name, seed=config.training.seed)
     return filled(given, vars(usual))

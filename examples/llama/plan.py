@@ -12,27 +12,23 @@ from jax.sharding import Mesh
 
 from apollo_optax import planning
 from examples.llama.command_line import MODEL_NAME, check_ranges, default, parse
-from examples.llama.config import (
-    MODELS,
-    PRESETS,
-    LlamaConfig,
-    fine_tuning_settings,
-    parameter_count,
-)
-from examples.llama.huggingface import describe_shape
+from examples.llama.config import MODELS, LlamaConfig, parameter_count
+from examples.llama.huggingface import StoredModel, describe_shape
 from examples.llama.memory import bytes_on_a_device
 from examples.llama.mesh import (
     devices_dividing_batch,
     parse_mesh,
 )
-from examples.llama.optimizers import (
-    DEFAULT_LEARNING_RATES,
-    OptimizerName,
-    OptimizerSettings,
-    VocabularyName,
-    usual_vocabulary,
+from examples.llama.optimizers import LEFT_OPEN, OptimizerName, VocabularyName
+from examples.llama.options import (
+    ModelName,
+    ModelOptions,
+    PretrainConfig,
+    RunSettings,
+    TrainingOptions,
+    Weights,
+    resolve,
 )
-from examples.llama.options import ModelName, RunSettings, Weights
 from examples.llama.run import Run, abstract_state, abstract_tokens, placed_step
 
 __all__ = [
@@ -51,7 +47,6 @@ _EXAMPLES = (
     "--model 13b --device tpu-v5e:4x4 --optimizer apollo --mesh fsdp=16 --remat --largest-batch",
 )
 _BYTES_A_WEIGHT = {"f32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 128}
-_STEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +149,7 @@ def asked(config: PlanConfig) -> dict[str, Any]:
     """Returns the question of a plan, as JSON can hold it."""
     question = dataclasses.asdict(config)
     del question["json"], question["largest_batch"]
-    question["vocabulary"] = _vocabulary(config)
+    question["vocabulary"] = _settings(config, batch=1).optimizer.vocabulary
     if config.load is not None:
         question |= {"model": None, "load": str(config.load)}
     return question
@@ -232,39 +227,31 @@ def _step(config: PlanConfig, mesh: Mesh, batch: int) -> tuple[Callable[..., Any
 
 def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
     """What `pretrain` would train, but for the guard of its steps."""
-    shape = _shape(config)
-    preset = PRESETS.get(config.model) if config.load is None else None
-    if config.load is not None:
-        rank = fine_tuning_settings(shape, steps=_STEPS, dtype="bfloat16").rank
-    else:
-        rank = preset.rank if preset else max(1, shape.hidden_size // 4)
-    settings = RunSettings(
-        model=shape,
-        load=None,
-        optimizer=OptimizerSettings(
-            config.optimizer,
-            DEFAULT_LEARNING_RATES[config.optimizer],
-            _STEPS,
-            rank=config.rank or rank,
-            vocabulary=_vocabulary(config),
-            project_embeddings=config.project_embeddings,
-        ),
-        weights=config.weights,
-        compute="f32" if config.weights == "f32" else "bf16",
-        remat=config.remat,
-        batch=batch * devices_dividing_batch(mesh.shape),
-        sequence=config.sequence,
-        micro_batches=1,
-        update=config.update,
-        lora=config.lora,
-        spike_limit=None,
-        data="",
-    )
+    settings = _settings(config, batch * devices_dividing_batch(mesh.shape))
     return Run(settings, Path(), False, mesh, float32_moments=config.moments == "f32")
 
 
-def _vocabulary(config: PlanConfig) -> VocabularyName:
-    return config.vocabulary or usual_vocabulary(config.optimizer)
+def _settings(config: PlanConfig, batch: int) -> RunSettings:
+    """The settings of `pretrain`, its defaults included."""
+    optimizer: dict[str, Any] = {"rank": config.rank, "vocabulary": config.vocabulary}
+    optimizer |= {"project_embeddings": config.project_embeddings, "momentum": 0.0}
+    pretraining = PretrainConfig(
+        model=ModelOptions(config.model, load=config.load),
+        optimizer=dataclasses.replace(LEFT_OPEN, **optimizer),
+        training=TrainingOptions(
+            weights=config.weights,
+            compute="f32" if config.weights == "f32" else "bf16",
+            remat=config.remat,
+            batch=batch,
+            sequence=config.sequence,
+            micro_batches=1,
+            update=config.update,
+            lora=config.lora,
+        ),
+    )
+    stored = StoredModel(_shape(config), "bfloat16")
+    settings = resolve(pretraining, config.optimizer, stored, data="", text_digest="")
+    return dataclasses.replace(settings, load=None, spike_limit=None)
 
 
 def _name(config: PlanConfig) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from apollo_optax import planning, quantization
 from examples.llama import model
 from examples.llama.config import MODELS, parameter_count
-from examples.llama.plan import PlanConfig, asked, main, plan_step, weight_bytes
+from examples.llama.plan import PlanConfig, argument_bytes, asked, main, plan_step, weight_bytes
 
 pytestmark = pytest.mark.optimized
 
@@ -106,9 +107,17 @@ def test_swan_copies_no_stack_of_layers_to_lay_it_out_anew(tmp_path: Path) -> No
     assert swan.temporary_bytes < mini.temporary_bytes + one_stack / 2
 
 
-def test_what_is_left_out_is_as_pretrain_has_it() -> None:
-    assert asked(PlanConfig(optimizer="swan"))["vocabulary"] == "factored"
-    assert asked(PlanConfig(optimizer="apollo"))["vocabulary"] == "adam"
+def test_what_is_left_out_is_as_pretrain_has_it(tmp_path: Path) -> None:
+    swan, apollo = (PlanConfig("60m", "cpu", optimizer=name) for name in ("swan", "apollo"))
+    assert asked(swan)["vocabulary"] == "factored"
+    assert argument_bytes(swan) == argument_bytes(dataclasses.replace(swan, vocabulary="factored"))
+    assert argument_bytes(apollo) == argument_bytes(dataclasses.replace(apollo, rank=128))
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    loaded = dataclasses.replace(apollo, load=tmp_path)
+    assert argument_bytes(loaded) == argument_bytes(dataclasses.replace(loaded, rank=32))
+    assert argument_bytes(loaded) < argument_bytes(dataclasses.replace(loaded, rank=64))
 
 
 @pytest.mark.planning
