@@ -213,8 +213,9 @@ def save_llama(
         folder: where to.
         config: the model's shape.
         params: the parameters, as `init_params` lays them out once `floats` is applied.
-        floats: makes what is written from `params`, such as dequantized weights. Of its result only
-            the part that is written next is computed.
+        floats: makes what is written from `params`, such as dequantized weights, also of one layer.
+            What `params` has of the layers is stacked below "blocks". Of the result only the part
+            that is written next is computed.
         like: the checkpoint that the model was loaded from. Everything but the weights is then as
             it is there: the dtype of each tensor, all of `config.json`, and the other files, such
             as those of tokenizer, chat template and generation; but the `tokenizer.json` of a GGUF
@@ -258,8 +259,15 @@ def _leaf_name(path: jax.tree_util.KeyPath) -> str:
 @functools.partial(jax.jit, static_argnames=("floats", "leaf_name"))
 def _tensor(floats: Callable[[Any], Params], leaf_name: str, params: Any, layer: Any) -> Array:
     """Computes one tensor of a checkpoint, of a layer unless that is None, and no other part."""
+
+    def of_layer(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
+        in_blocks = any(getattr(part, "key", None) == "blocks" for part in path)
+        return leaf[layer][None] if in_blocks else leaf
+
+    if layer is not None:
+        params = jax.tree.map_with_path(of_layer, params)
     leaf = _at(floats(params), leaf_name.split("."))
-    return _transposed(leaf_name, leaf if layer is None else leaf[layer])
+    return _transposed(leaf_name, leaf if layer is None else leaf[0])
 
 
 def _transposed(leaf_name: str, array: Any) -> Any:

@@ -31,7 +31,7 @@ def _make_block(config: LlamaConfig, rank: int, dtype: DTypeLike, rngs: nnx.Rngs
 
 
 def init_lora(config: LlamaConfig, rank: int, seed: int) -> model.Params:
-    """Returns the thin matrices before the first step, float32, stacked over the layers.
+    """Returns the thin matrices before the first step, float32, as `{"blocks": stacked}`.
 
     The first of each pair is drawn, the second is zero, so that the model is what it was.
     """
@@ -41,7 +41,7 @@ def init_lora(config: LlamaConfig, rank: int, seed: int) -> model.Params:
         return nnx.to_pure_dict(nnx.state(block, nnx.LoRAParam))
 
     keys = jax.random.split(jax.random.key(seed), config.num_layers)
-    return jax.jit(lambda keys: jax.lax.map(layer, keys))(keys)
+    return {"blocks": jax.jit(lambda keys: jax.lax.map(layer, keys))(keys)}
 
 
 def merged(params: PyTree) -> model.Params:
@@ -60,7 +60,7 @@ def merged(params: PyTree) -> model.Params:
         return frozen | {"kernel": (kernel + added).astype(kernel.dtype)}
 
     frozen = params["frozen"]
-    return frozen | {"blocks": with_product(frozen["blocks"], params["lora"])}
+    return frozen | {"blocks": with_product(frozen["blocks"], params["lora"]["blocks"])}
 
 
 def lora_training(
@@ -101,7 +101,7 @@ def lora_training(
         params: PyTree, tokens: Int[Array, "batch sequence"]
     ) -> Float[Array, "batch sequence vocab"]:
         frozen = params["frozen"]
-        layers = (params["lora"], frozen["blocks"])
+        layers = (params["lora"]["blocks"], frozen["blocks"])
         x = model.embed(config, frozen, tokens, dtype)
         x = model.scan_layers(apply, layers, x, remat=remat)
         return model.logits(config, frozen, x)
