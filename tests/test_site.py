@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ import pytest
 
 import apollo_optax
 from apollo_optax import layerwise, planning, quantization, sharding
+from benchmarks import real_model
 from benchmarks.convergence.report import results_of
 from benchmarks.rows import read_rows
 
@@ -228,6 +230,7 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
     assert f"{state['AdamW'] / 1e9:.0f} GB for LLaMA-7B in float32" in readme
     small = state["APOLLO-Mini, vocabulary factored"]
     assert f"APOLLO-Mini with a factored vocabulary keeps {small / 1e6:.0f} MB" in readme
+    assert f"keeps {state['APOLLO-Mini'] / 1e9:.1f} GB for LLaMA-7B" in readme
     (peak,) = (
         row["peak_bytes"]
         for row in rows("peak_memory")
@@ -236,6 +239,36 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
     )
     for page in (readme, words_of(DOCS / "index.md")):
         assert f"LLaMA-7B in {peak / 2**30:.1f} GiB" in page
+
+
+def test_figures_of_the_released_model_in_the_text_are_those_of_the_results() -> None:
+    rows = read_rows(RESULTS / "real_model.json")
+
+    def losses(name: str) -> list[float]:
+        best = real_model.best_trial(found := real_model.losses_of(rows, name))
+        return [found[best._replace(seed=seed)] for seed in (0, 1, 2)]
+
+    def state(name: str) -> float:
+        return next(row["state_bytes"] for row in rows if row["method"] == name)
+
+    adamw, apollo, small = map(losses, ("adamw", "apollo_quarter", "apollo_mini_factored"))
+    below, above = (statistics.fmean(adamw) - statistics.fmean(each) for each in (apollo, small))
+    page = words_of(DOCS / "benchmarks.md")
+    of_state = state("apollo_quarter") / state("adamw")
+    assert f"with {of_state:.0%} of its state. Their means are {below:.3f} apart, within" in page
+    assert 0 < below <= statistics.stdev(apollo)
+    assert f"keeps {state('apollo_mini_factored') / 1e6:.1f} MB, a five-hundredth of" in page
+    assert round(state("adamw") / state("apollo_mini_factored"), -2) == 500
+    for each in (page, words_of(DOCS / "fine_tuning.md")):
+        assert f"ends {-above:.2f} above AdamW" in each
+    assert -above <= statistics.stdev(small)
+    assert f"it keeps {state('apollo_mini') / 1e6:.1f} MB" in page
+    assert f"with {state('lora') / 1e6:.1f} MB of state" in page
+    assert max(losses("lora")) > statistics.fmean(adamw) > statistics.fmean(losses("lora"))
+    peaks = {row["method"]: row for row in rows if "process_bytes" in row}
+    int8 = peaks["apollo_mini_int8"]
+    of_process = int8["process_bytes"] / peaks["adamw"]["process_bytes"]
+    assert f"takes {of_process:.0%} of AdamW's. Of it, {int8['python_bytes'] / 2**30:.2f}" in page
 
 
 def test_the_rule_of_thumb_is_the_sweep_of_the_convergence_benchmark() -> None:

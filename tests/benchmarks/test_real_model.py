@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.real_model import METHODS, STEPS, Trial, losses_of, next_trials, training_of
+from benchmarks.real_model import (
+    METHODS,
+    STEPS,
+    Trial,
+    best_trial,
+    losses_of,
+    next_trials,
+    training_of,
+)
 from examples.llama import model
 from examples.llama.config import LlamaConfig
 
@@ -16,6 +24,13 @@ CONFIG = LlamaConfig(
 )
 SLOW = ("apollo_mini_int8", "lora")
 TOKENS = jax.random.randint(jax.random.key(1), (4, 17), 0, 256)
+
+
+def test_of_rates_within_a_thousandth_the_ones_tried_first_are_best() -> None:
+    first, second, worse = (Trial(rate, 5e-5) for rate in (1e-4, 2e-4, 4e-4))
+    assert best_trial({first: 2.0009, second: 2.0, worse: 2.1}) == first
+    assert best_trial({first: 2.0011, second: 2.0, worse: 2.1}) == second
+    assert best_trial({first: 2.0, second._replace(seed=1): 1.9}) == first
 
 
 @pytest.mark.parametrize("name", METHODS)

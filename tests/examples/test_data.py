@@ -240,3 +240,9 @@ def test_bad_sequence_length_or_evaluation_size_is_refused():
 def test_tokens_of_another_kind_are_refused(tokens):
     with pytest.raises(TypeError, match="expected one axis of integers"):
         batches(tokens)
+
+
+def test_a_stream_without_documents_says_what_was_held_out():
+    nothing = documents().filter(lambda text: False)
+    with pytest.raises(ValueError, match=r"no documents to train on; .* the first 1,000 are held"):
+        streamed_batches(nothing, BYTES, sequence_length=4, batch_size=4)

@@ -387,7 +387,7 @@ def test_a_run_begins_with_the_settings_in_force(apollo_run: tuple[Path, str]) -
 
 
 def test_compared_optimizers_see_the_same_batches_from_the_same_weights(
-    command: Command, tmp_path: Path
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "compared"
     compare = command(folder, "--compare", "sgd,adamw", "--tokenizer", "train:270")
@@ -404,6 +404,10 @@ def test_compared_optimizers_see_the_same_batches_from_the_same_weights(
     assert written["model"]["vocab_size"] == 270
     assert (folder / "tokenizer.json").is_file()
     assert record(folder / "sgd")["batches"] == record(folder / "adamw")["batches"]
+    capsys.readouterr()
+    error = wrong_input([*compare, "--tokenizer", "train:280", "--resume"], capsys)
+    assert "--tokenizer is train:280, and the run in" in error
+    assert "was started with train:270" in error
 
 
 def test_a_full_disk_is_answered_in_one_line_that_says_how_to_go_on(
