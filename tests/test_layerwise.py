@@ -246,6 +246,17 @@ def test_rest_read_at_both_ends_gets_both_gradients():
     assert_same_training(tied, optax.adamw(0.01), llama_params(), BATCHES[:5])
 
 
+def test_the_branch_for_gpus_computes_the_same(monkeypatch):
+    def on_gpu(*args, default, cuda=None, cpu=None):
+        return (cuda or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_gpu)
+    step = layerwise.make_step(LLAMA, optax.adamw(0.01))
+    state = layerwise.init(optax.adamw(0.01), llama_params())
+    assert "cond[" in str(jax.make_jaxpr(step)(llama_params(), state, BATCHES[0]))
+    assert_same_training(LLAMA, optax.adamw(0.01), llama_params(), BATCHES[:5])
+
+
 def test_rest_may_be_any_tree():
     model = layerwise.LayerwiseModel(
         embed=lambda rest, batch: batch * rest[0],

@@ -193,11 +193,14 @@ def _make_step(
         )
         update = _updater(tx, weights, split, absent, key, accepted)
         whole = params, split.mirrored
+        late = _keys_read(embed, rest)
+        read_last = _keys_read(lambda rest: loss_of(rest, x, aux), rest)
+        if late and read_last and late.isdisjoint(read_last):
+            pullback_embed = _late(pullback_embed, like=(rest,))
         end = _End(rest_grads, x_grads, aux_grads, pullback_of, pullback_embed)
         none_yet = None
         if accepted is not None:
             none_yet = GuardReport(jnp.zeros([], jnp.float32), *jnp.zeros([2], jnp.int32))
-        late = _keys_read(embed, rest)
         (params, mirrored), shared, report = _update_all(update, whole, end, late, none_yet)
         if report is not None:
             counts = accepted & (report.largest < _SQUARES_OVERFLOW) & (report.largest > 0)
@@ -398,6 +401,20 @@ def _update_blocks(
         return with_layer(part, layer, index), x_grads, report
 
     return jax.lax.fori_loop(0, number, backward, (part, x_grads, report))
+
+
+def _late(pullback: Callable[[PyTree], PyTree], *, like: PyTree) -> Callable[[PyTree], PyTree]:
+    """Keeps the gradients that `pullback` returns out of memory until its argument is there.
+
+    The gradient of a lookup is added to a table of zeros, which XLA for GPUs would make at the
+    beginning of the step, since they depend on nothing. In a conditional, they are made late.
+    """
+
+    def conditional(grads: PyTree) -> PyTree:
+        is_late, grads = jax.lax.optimization_barrier((True, grads))
+        return jax.lax.cond(is_late, pullback, lambda _: jax.tree.map(jnp.zeros_like, like), grads)
+
+    return lambda grads: jax.lax.platform_dependent(grads, cuda=conditional, default=pullback)
 
 
 def _keys_read(function: Callable[[PyTree], PyTree], rest: PyTree) -> set[Any] | None:

@@ -107,6 +107,14 @@ def test_swan_copies_no_stack_of_layers_to_lay_it_out_anew(tmp_path: Path) -> No
     assert swan.temporary_bytes < mini.temporary_bytes + one_stack / 2
 
 
+@pytest.mark.planning
+def test_the_gradient_of_the_embedding_takes_no_memory_before_it_is_computed() -> None:
+    config = PlanConfig(load=Path("benchmarks/models/llama-3.1-8b.json"), device="rtx-4090-24gb")
+    layerwise = dataclasses.replace(config, weights="int8", update="layerwise", sequence=1024)
+    report = plan_step(dataclasses.replace(layerwise, vocabulary="factored"))
+    assert report.peak_bytes <= planning.parse_target("rtx-4070-12gb").capacity_bytes
+
+
 def test_what_is_left_out_is_as_pretrain_has_it(tmp_path: Path) -> None:
     swan, apollo = (PlanConfig("60m", "cpu", optimizer=name) for name in ("swan", "apollo"))
     assert asked(swan)["vocabulary"] == "factored"
