@@ -327,7 +327,7 @@ def table(rows: Sequence[Row]) -> str:
             state,
             process,
             ratio,
-            f"open, {len(losses)} runs" if open_sweep else f"{len(losses)} runs",
+            f"{'open, ' if open_sweep else ''}{len(losses)} run{'s' if len(losses) > 1 else ''}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

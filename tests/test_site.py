@@ -262,7 +262,16 @@ def test_figures_of_the_released_model_in_the_text_are_those_of_the_results() ->
     for each in (page, words_of(DOCS / "fine_tuning.md")):
         assert f"ends {-above:.2f} above AdamW" in each
     assert -above <= statistics.stdev(small)
-    assert f"it keeps {state('apollo_mini') / 1e6:.1f} MB" in page
+    assert f"it keeps {state('apollo_mini') / 1e6:.1f} MB and ends alike" in page
+    assert statistics.fmean(losses("apollo_mini")) - statistics.fmean(small) < 0.002
+    assert f"ends alike, with {state('apollo_eighth') / state('adamw'):.0%} of AdamW's" in page
+    assert abs(statistics.fmean(losses("apollo_eighth")) - statistics.fmean(apollo)) < 0.002
+    (in_int8,) = real_model.losses_of(rows, "apollo_mini_int8").values()
+    assert f"It ends {in_int8 - small[0]:.3f} above that run" in page
+    (swan,) = real_model.losses_of(rows, "swan")
+    assert swan.learning_rate == real_model.METHODS["swan"].start / 2
+    seconds = next(row["step_seconds"] for row in rows if row["method"] == "swan")
+    assert f"A step of SWAN takes {seconds:.0f} s" in page
     assert f"with {state('lora') / 1e6:.1f} MB of state" in page
     assert max(losses("lora")) > statistics.fmean(adamw) > statistics.fmean(losses("lora"))
     peaks = {row["method"]: row for row in rows if "process_bytes" in row}
