@@ -267,7 +267,7 @@ def test_figures_of_the_released_model_in_the_text_are_those_of_the_results() ->
     assert f"ends alike, with {state('apollo_eighth') / state('adamw'):.0%} of AdamW's" in page
     assert abs(statistics.fmean(losses("apollo_eighth")) - statistics.fmean(apollo)) < 0.002
     (in_int8,) = real_model.losses_of(rows, "apollo_mini_int8").values()
-    assert f"It ends {in_int8 - small[0]:.3f} above that run" in page
+    assert f"It ends {in_int8 - small[0]:.3f} above the float32 run" in page
     (swan,) = real_model.losses_of(rows, "swan")
     assert swan.learning_rate == real_model.METHODS["swan"].start / 2
     seconds = next(row["step_seconds"] for row in rows if row["method"] == "swan")

@@ -195,6 +195,7 @@ def _make_step(
         whole = params, split.mirrored
         late = _keys_read(embed, rest)
         read_last = _keys_read(lambda rest: loss_of(rest, x, aux), rest)
+        # The gradient of a table that both ends read exists already, and the lookup adds to it.
         if late and read_last and late.isdisjoint(read_last):
             pullback_embed = _late(pullback_embed, like=(rest,))
         end = _End(rest_grads, x_grads, aux_grads, pullback_of, pullback_embed)
