@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.frontier.pairs import PAIRS, Pair
-from benchmarks.frontier.search import next_trials, rows_of
+from benchmarks.frontier.search import next_trials, rows_of, transferred
 from benchmarks.frontier.training import Trial
 from benchmarks.rows import RESULTS, add_rows, read_rows
 
@@ -40,8 +40,10 @@ def run_pair(
     setting = training.SETTINGS[pair.setting]
     lanes = 1 if jax.default_backend() == "cpu" else training.LANES
     while time.time() < until:
-        done = rows_of(read_rows(output), pair)
-        trials = [t for t in given if t not in done][:1] if given else next_trials(pair, done)
+        found = read_rows(output)
+        done = rows_of(found, pair)
+        missing = given or next_trials(pair, done, transferred(found, pair))
+        trials = [trial for trial in missing if trial not in done][:lanes]
         if not trials:
             return
         began = time.perf_counter()
@@ -104,8 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     pairs, until = list(_chosen(options)), time.time() + 60 * options.minutes
     if options.list:
+        found = read_rows(options.output)
         for pair in pairs:
-            if trials := next_trials(pair, rows_of(read_rows(options.output), pair)):
+            if trials := next_trials(pair, rows_of(found, pair), transferred(found, pair)):
                 print(pair, *trials, sep="\n  ")
         return
     if len(pairs) == 1:

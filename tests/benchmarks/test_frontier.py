@@ -15,7 +15,7 @@ from benchmarks.frontier import training
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.report import results_of
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY, Rule
-from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of
+from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of, transferred
 from benchmarks.frontier.training import LANES, Setting, Texts, Trial
 from benchmarks.rows import RESULTS, read_rows
 
@@ -42,6 +42,26 @@ def test_a_sweep_ends_at_the_best_rates_with_worse_ones_on_all_sides_and_then_ta
         along = [t for t in losses if all(t[i] == found[i] for i in range(3) if i != axis)]
         rates = [getattr(t, name) for t in along]
         assert min(rates) < found[axis] < max(rates)
+
+
+def test_the_sweep_of_a_wider_model_begins_at_the_rates_of_the_smallest():
+    row = PAIR._asdict() | Trial(0.008, 0.24, 0.03)._asdict() | {"validation_loss": 1.0}
+    wider = PAIR._replace(setting="4m")  # twice the width
+    start = transferred([row], wider)
+    assert start == Trial(0.004, 0.24, 0.03)
+    assert transferred([row], PAIR) is None
+    # What was trained at other rates before is no reason not to try these, nor a better one of them
+    # to stay here.
+    losses = {Trial(0.004, 0.03, 0.01): 5.0}
+    while trials := next_trials(wider, losses, start):
+        losses[trials[0]] = abs(math.log(trials[0].vocabulary_rate / 0.12))
+    assert best_trial(losses) == Trial(0.004, 0.12, 0.03)
+    around = {
+        Trial(0.004 * h, 0.12 * v, 0.03) for h, v in [(1, 1), (2, 1), (0.5, 1), (1, 2), (1, 0.5)]
+    }
+    assert around < set(losses)
+    assert {trial.seed for trial in losses} == {0}
+    assert {trial.norm_rate for trial in losses if trial.vocabulary_rate > 0.03} == {0.03}
 
 
 def test_every_pair_is_of_rules_that_exist_and_named_once():
