@@ -99,7 +99,9 @@ def _open(source: str, name: str, config: str | None) -> Any:
         raise ValueError(f"{source}: cannot be opened: {error}") from error
 
 
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+WEIGHT_FILES = "*.safetensors"
+OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+CHECKPOINT_FILES = (WEIGHT_FILES, *OTHER_FILES)
 
 
 @functools.cache

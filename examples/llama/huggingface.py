@@ -26,6 +26,7 @@ from examples.llama.gguf_file import SUFFIX as GGUF
 from examples.llama.gguf_file import GgufFile
 from examples.llama.model import Params, init_params
 from examples.llama.safetensors_file import FLOATS, Tensor, write_safetensors
+from examples.llama.train import unchanged
 
 __all__ = [
     "StoredModel",
@@ -57,11 +58,6 @@ _ONLY_SUPPORTED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-
-_WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
-    *(".npz", ".npy", ".pkl", ".partial"),
-)
 
 
 class StoredModel(NamedTuple):
@@ -192,16 +188,12 @@ def load_llama(
     return config, jax.tree.map_with_path(load_leaf, _expected_leaves(config))
 
 
-def _as_given(params: Params) -> Params:
-    return params
-
-
 def save_llama(
     folder: str | os.PathLike[str],
     config: LlamaConfig,
     params: Any,
     *,
-    floats: Callable[[Any], Params] = _as_given,
+    floats: Callable[[Any], Params] = unchanged,
     like: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a checkpoint that `load_llama` and transformers' `LlamaForCausalLM` read.
@@ -217,10 +209,10 @@ def save_llama(
             What `params` has of the layers is stacked below "blocks". Of the result only the part
             that is written next is computed.
         like: the checkpoint that the model was loaded from. Everything but the weights is then as
-            it is there: the dtype of each tensor, all of `config.json`, and the other files, such
-            as those of tokenizer, chat template and generation; but the `tokenizer.json` of a GGUF
-            file is left out. If None, tensors keep the dtypes of
-            `params`, and `config.json` names no ids of begin and end.
+            it is there: the dtype of each tensor, all of `config.json`, and the files of tokenizer,
+            chat template, generation and licence, `hub.OTHER_FILES`; but the `tokenizer.json` of a
+            GGUF file is left out. If None, tensors keep the dtypes of `params`, and `config.json`
+            names no ids of begin and end.
 
     Raises:
         ValueError: if `params` are not those of a model of shape `config`, or `like` is no
@@ -418,14 +410,12 @@ class _Folder:
             return tensors.get_tensor(name)
 
     def files(self) -> dict[str, bytes]:
-        """Returns the contents of all files but the weights, in any framework's format."""
+        """Returns the contents of the files that a checkpoint has beside its weights."""
         return {
             path.name: path.read_bytes()
-            for path in self._path.iterdir()
-            if path.is_file()
-            and path.suffix not in _WEIGHTS
-            and not path.name.endswith(".index.json")
-            and not path.name.startswith(".")
+            for pattern in hub.OTHER_FILES
+            for path in self._path.glob(pattern)
+            if path.is_file() and not path.name.endswith(".index.json")
         }
 
 

@@ -105,10 +105,11 @@ def test_a_loaded_model_is_saved_as_it_was_but_for_its_weights(folder, tmp_path,
         "chat_template.jinja": "{{ x }}",
     }
     others |= {"tokenizer_config.json": "{}", "tokenizer.model": "pieces", "LICENSE": "as is"}
+    others |= {"merges.txt": "a b"}
     for name, content in others.items():
         (folder / name).write_text(content)
-    (folder / "pytorch_model.bin").write_bytes(b"weights")
-    (folder / "model.safetensors.index.json").write_text("{}")
+    for name in ("pytorch_model.bin", "rng_state.pth", "model.safetensors.index.json"):
+        (folder / name).write_text("{}")
 
     config, params = load_llama(folder)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) + 1, params)
