@@ -81,19 +81,21 @@ def next_trials(
       pair: Which.
       losses: Of the trials so far.
       start: `transferred`. If it is given, it is the first trial, in place of the grid; the rate of
-        the norms is not swept; and there are no other seeds.
+        the norms is not swept, so a neighbor may have any; and there are no other seeds.
     """
     if start is None and not losses:
         return [_trial(pair, (h, v, 0)) for h in (-1, 0, 1, 2) for v in (-1, 0, 1)][:LANES]
     best = best_trial(losses) if start is None or start in losses else start
     center = _steps(pair, best)
     axes = range(3 if start is None else 2)
-    around = [best] + [
+    around = [
         _trial(pair, [c + side * (axis == a) for a, c in enumerate(center)])
         for axis in axes
         for side in (-1, 1)
     ]
-    missing = [trial for trial in around if trial not in losses]
+    tried = {trial[: len(axes)] for trial in losses if trial.seed == SEEDS[0]}
+    missing = [best] if best not in losses else []
+    missing += [trial for trial in around if trial[: len(axes)] not in tried]
     if missing:
         # The rest of the lanes go to what would be needed next: the corners, nearest first.
         sides = [(-1, 0, 1) if axis in axes else (0,) for axis in range(3)]

@@ -50,18 +50,18 @@ def test_the_sweep_of_a_wider_model_begins_at_the_rates_of_the_smallest():
     start = transferred([row], wider)
     assert start == Trial(0.004, 0.24, 0.03)
     assert transferred([row], PAIR) is None
-    # What was trained at other rates before is no reason not to try these, nor a better one of them
-    # to stay here.
-    losses = {Trial(0.004, 0.03, 0.01): 5.0}
+    # Others were trained before: of a better one of them the neighbors would be missing too.
+    losses = {Trial(0.004, 0.03, 0.01): 5.0, Trial(0.002, 0.12, 0.01): 6.0}
+    trained = []
     while trials := next_trials(wider, losses, start):
+        trained.append(trials[0])
         losses[trials[0]] = abs(math.log(trials[0].vocabulary_rate / 0.12))
+    assert trained[0] == start
     assert best_trial(losses) == Trial(0.004, 0.12, 0.03)
-    around = {
-        Trial(0.004 * h, 0.12 * v, 0.03) for h, v in [(1, 1), (2, 1), (0.5, 1), (1, 2), (1, 0.5)]
-    }
-    assert around < set(losses)
-    assert {trial.seed for trial in losses} == {0}
-    assert {trial.norm_rate for trial in losses if trial.vocabulary_rate > 0.03} == {0.03}
+    of_matrices_and_vocabulary = {trial[:2] for trial in losses}
+    assert {(0.002, 0.12), (0.008, 0.12), (0.004, 0.06)} < of_matrices_and_vocabulary
+    assert {(trial.norm_rate, trial.seed) for trial in trained} == {(0.03, 0)}
+    assert (0.002, 0.12) not in {trial[:2] for trial in trained}
 
 
 def test_every_pair_is_of_rules_that_exist_and_named_once():
