@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY
-from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of
+from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of, transferred
 from benchmarks.frontier.training import SETTINGS, Trial, state_bytes
 from benchmarks.rows import RESULTS, Row, read_rows
 from examples.llama.pictures import INK, picture
 
-__all__ = ["Result", "results_of", "table"]
+__all__ = ["Result", "results_of", "size_table", "table"]
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "frontier.png"
 _WIDTH, _HEIGHT = 6.4, 4.2
@@ -68,10 +68,13 @@ def results_of(rows: Sequence[Row], setting: str = "1m") -> list[Result]:
     results = []
     for pair in PAIRS:
         losses = rows_of(rows, pair)
-        if pair.setting != setting or not losses or next_trials(pair, losses):
+        if pair.setting != setting or not losses:
+            continue
+        if next_trials(pair, losses, transferred(rows, pair)):
             continue
         best = best_trial(losses)
-        of_seeds = tuple(losses[best._replace(seed=seed)] for seed in SEEDS)
+        trained = (losses.get(best._replace(seed=seed)) for seed in SEEDS)
+        of_seeds = tuple(loss for loss in trained if loss is not None)
         state = state_bytes(size, pair.hidden, pair.vocabulary)
         results.append(Result(pair, best, of_seeds, state, state / of_adamw))
     return sorted(results, key=lambda result: result.mean)
@@ -93,6 +96,40 @@ def table(rows: Sequence[Row]) -> str:
             f"{result.mean:.3f} ± {result.deviation:.3f}",
             f"{result.state_bytes / 1e6:.2f} MB",
             f"{result.over_adamw:.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def size_table(rows: Sequence[Row]) -> str:
+    """The pairs that are complete at more than one size, by the sweep's seed, in Markdown.
+
+    In brackets is what a loss is above AdamW's at that size.
+    """
+    found = {
+        name: {result.pair[1:]: result for result in results_of(rows, name)} for name in SETTINGS
+    }
+    sizes = {name: results for name, results in found.items() if ("adam", "adam") in results}
+    first, *others = sizes
+    lines = [
+        "| matrices | vocabulary | "
+        + " | ".join(SETTINGS[name].label for name in sizes)
+        + " | "
+        + " | ".join(f"learning rates, {SETTINGS[name].label}" for name in others)
+        + " |",
+        "| --- | --- |" + " ---: |" * len(sizes) + " --- |" * len(others),
+    ]
+    for hidden, vocabulary in sizes[first]:
+        results = [of_size.get((hidden, vocabulary)) for of_size in sizes.values()]
+        if not any(results[1:]):
+            continue
+        cells = [HIDDEN[hidden].label, VOCABULARY[vocabulary].label]
+        for result, of_size in zip(results, sizes.values(), strict=True):
+            difference = result and result.losses[0] - of_size["adam", "adam"].losses[0]
+            cells.append(f"{result.losses[0]:.3f} ({difference:+.3f})" if result else "")
+        cells += [
+            ", ".join(f"{rate:.2g}" for rate in result.trial[:3]) if result else ""
+            for result in results[1:]
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
