@@ -25,13 +25,18 @@ STATIC_ARGUMENTS = (
 )
 
 
-def require_positive_integer(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless `value` is a static integer of at least 1."""
+def require_no_array(name: str, value: Any, allowed: str) -> None:
+    """Raises TypeError if `value` is an array, which `optax.inject_hyperparams` makes of many."""
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
-            f"{name} must be a static int, got an array ({value!r}). "
+            f"{name} must be {allowed}, got an array ({value!r}). "
             f"With optax.inject_hyperparams pass static_args={STATIC_ARGUMENTS}."
         )
+
+
+def require_positive_integer(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a static integer of at least 1."""
+    require_no_array(name, value, "a static int")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__}).")
     if value < 1:

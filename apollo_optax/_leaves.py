@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt32
 
-from apollo_optax._arguments import require_number, require_one_of, wide
+from apollo_optax._arguments import require_no_array, require_number, require_one_of, wide
 from apollo_optax._matrices import MatrixAxes, low_rank_shape, projection_shape, without_overflow
 from apollo_optax._paths import Path, named_leaves, nest, spell
 from apollo_optax._placement import (
@@ -174,6 +174,7 @@ def require_vocabulary(vocabulary: Any) -> None:
 
 def require_mu_dtype(mu_dtype: Any) -> None:
     """Raises TypeError unless `mu_dtype` is None or a floating dtype."""
+    require_no_array("mu_dtype", mu_dtype, "None or a floating dtype")
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
         raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
 

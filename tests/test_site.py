@@ -23,6 +23,7 @@ from benchmarks.rows import read_rows
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
+TPU, A100 = "tpu-v5e", "a100-80gb"
 
 
 @pytest.fixture(scope="module")
@@ -173,23 +174,34 @@ def test_figures_of_the_update_in_the_text_are_those_of_the_results() -> None:
     )
     traffic = json.loads((RESULTS / "hbm_traffic.json").read_text(encoding="utf-8"))["rows"]
     words = {(row["optimizer"], row["dtype"], row["target"]): row["hbm_words"] for row in traffic}
-    mini, adamw = (words[name, "float32", "tpu-v5e"] for name in ("APOLLO-Mini", "AdamW"))
     page = words_of(DOCS / "benchmarks.md")
     assert f"APOLLO-Mini takes {over_adamw:.2f} of `optax.adamw`'s time" in page
-    assert f"moves {mini:.1f} words of memory a parameter where AdamW moves {adamw:g}." in page
-    stacked, apart = (
-        row["compiler_words"]
-        for name in ("APOLLO-Mini", "APOLLO-Mini, layers apart")
+    adamw, mini, on_a100 = (
+        words[name, "float32", target]
+        for name, target in (("AdamW", TPU), ("APOLLO-Mini", TPU), ("APOLLO-Mini", A100))
+    )
+    assert f"AdamW moves {adamw:g} words of memory a parameter." in page
+    assert f"APOLLO-Mini moves {mini:.1f} on the TPU and {on_a100:.1f} on the A100." in page
+    summed = {
+        (row["optimizer"], row["dtype"]): row["compiler_words"]
         for row in traffic
-        if (row["optimizer"], row["dtype"], row["target"]) == (name, "float32", "tpu-v5e")
-    )
-    assert f"is {stacked:.1f} with stacked layers and {apart:.1f} with layers apart" in page
-    names = ("APOLLO, r = 256", "APOLLO, r = 256, kernel", "AdamW")
-    plain, kernel, adamw = (words[name, "bfloat16", "tpu-v5e"] for name in names)
-    assert (
-        f"In bfloat16 plain code moves {1 - plain / adamw:.0%} less than AdamW at r = 256" in page
-    )
-    assert f"with the kernel it moves {1 - kernel / adamw:.0%} less" in page
+        if row["target"] == TPU
+    }
+    for optimizer, dtype in (("APOLLO-Mini", "float32"), ("APOLLO, r = 256", "bfloat16")):
+        stacked, apart = (summed[name, dtype] for name in (optimizer, f"{optimizer}, layers apart"))
+        assert f"from {stacked:.2f} to {apart:.2f}" in page
+    less = {
+        (name, target): f"{1 - words[name, 'bfloat16', target] / adamw:.0%}"
+        for name, target in (
+            ("APOLLO, r = 256", TPU),
+            ("APOLLO, r = 256", A100),
+            ("APOLLO, r = 256, kernel", TPU),
+        )
+    }
+    plain, plain_on_a100, kernel = less.values()
+    assert f"In bfloat16, APOLLO at r = 256 moves {plain} less than AdamW on the TPU" in page
+    assert f"and {plain_on_a100} less on the A100" in page
+    assert f"With the kernel it moves {kernel} less on the TPU." in page
 
 
 def test_figures_of_the_update_on_an_accelerator_in_the_text_are_those_of_the_results() -> None:

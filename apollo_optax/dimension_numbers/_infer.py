@@ -57,9 +57,9 @@ def infer_dimension_numbers(
     or multiplied entry by entry.
 
     If a parameter goes into an opaque kernel, is used in contradicting ways, or has an axis that is
-    split between roles, the model does not say what its axes are. Such parameters fall back to
-    `transformer_dimension_numbers`, with one warning. `describe` shows the reason for every
-    parameter.
+    split between roles, the model does not say what its axes are. For such parameters, the names
+    that `transformer_dimension_numbers` knows decide, and the rest is left to Adam. One warning
+    names them. `describe` shows the reason for every parameter.
 
     Args:
       forward: The model's forward function or its loss function, which may return logits, a loss,

@@ -38,8 +38,8 @@ class Plan:
       device_count: The number of devices that the step was compiled for.
       fits: Whether the compiler took the program and `peak_bytes` is within `capacity_bytes`.
       peak_bytes: Arguments + outputs - aliases + temporaries. If a TPU's compiler refuses the
-        program, this is the need that the compiler states, to two decimals of its unit; arguments
-        that are dead early come on top.
+        program, this is the need in the compiler's message, which has two decimals, such
+        as 20.50G, and leaves out arguments that are needed only at the beginning.
       capacity_bytes: The bytes that a program may use, as in `Target.capacity_bytes`.
       argument_bytes: The arguments: parameters, optimizer state and batch.
       output_bytes: The outputs, with those that take the place of a donated argument.
@@ -61,8 +61,7 @@ class Plan:
       refusal: The compiler's message if it refused the program.
 
     The seconds are lower bounds for this program, at peaks that no program reaches. They say how
-    fast a step cannot be, never how fast it is. `planning._roofline` says what the bounds leave
-    out.
+    fast a step cannot be, never how fast it is. The page Planning says what the bounds leave out.
 
     A field is None where its value is not known: `flops` and `hbm_bytes` if the program does not
     state the trips of a loop, the seconds on local devices, all that is read from the text of the

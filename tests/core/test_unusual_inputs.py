@@ -231,6 +231,17 @@ def test_a_function_of_the_parameters_refuses_a_step_count():
         tx.init(params)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("mu_dtype", jnp.bfloat16), ("mask", lambda params: jnp.asarray(False))]
+)
+def test_what_injection_made_an_array_of_is_refused_with_the_remedy(name, value):
+    params = {"kernel": normal(8, 16)}
+    for alias, static in ((apollo, ("rank", "update_proj_gap")), (apollo_optax.swan, ())):
+        make = optax.inject_hyperparams(alias, static_args=static)
+        with pytest.raises(TypeError, match=rf"{name} must be .*static_args=\('rank'.*'mask'"):
+            make(learning_rate=0.1, **{name: value}).init(params)
+
+
 def test_all_static_arguments_together_train_as_without_injection():
     params = {"embedding": normal(32, 8), "mlp": {"kernel": normal(8, 16)}}
     given: dict[str, Any] = {"rank": 2, "weight_dimension_numbers": transformer_dimension_numbers}
