@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.frontier.pairs import PAIRS, Pair
-from benchmarks.frontier.search import next_trials, rows_of, transferred
+from benchmarks.frontier.search import next_trials, rows_of, sweep_of
 from benchmarks.frontier.training import Trial
 from benchmarks.rows import RESULTS, add_rows, read_rows
 
@@ -42,7 +42,7 @@ def run_pair(
     while time.time() < until:
         found = read_rows(output)
         done = rows_of(found, pair)
-        missing = given or next_trials(pair, done, transferred(found, pair))
+        missing = given or next_trials(pair, done, sweep_of(found, pair))
         trials = [trial for trial in missing if trial not in done][:lanes]
         if not trials:
             return
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         found = read_rows(options.output)
         for pair in pairs:
-            if trials := next_trials(pair, rows_of(found, pair), transferred(found, pair)):
+            if trials := next_trials(pair, rows_of(found, pair), sweep_of(found, pair)):
                 print(pair, *trials, sep="\n  ")
         return
     if len(pairs) == 1:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["PAIRS", "Pair"]
+__all__ = ["OTHER_RULES", "PAIRS", "SMALLEST", "SWAN", "Pair"]
 
 
 class Pair(NamedTuple):
@@ -40,22 +40,21 @@ _VOCABULARY_RULES = (
     ("whitened", "head_adam"),
 )
 _HIDDEN_RULES = (
-    ("orthogonalized", "factored"),
-    ("swan", "factored"),
-    ("neuron", "factored"),
-    ("muon", "factored"),
-    ("adam", "factored"),
-    ("sinkhorn", "factored"),
-    ("racs", "factored"),
-    ("factored", "factored"),
-    ("one_bit_muon", "factored"),
-    ("whitened_basis", "factored"),
-    ("apollo_whitened", "factored"),
-    ("apollo_orthogonalized", "factored"),
-    ("apollo_eighth", "adam"),
-    ("apollo_eighth", "factored"),
-    ("lion", "adam"),
-    ("sign", "factored"),
+    "orthogonalized",
+    "neuron",
+    "one_bit_muon",
+    "whitened_basis",
+    "apollo_whitened",
+    "swan",
+    "sinkhorn",
+    "racs",
+    "muon",
+    "adam",
+    "factored",
+    "apollo_orthogonalized",
+    "apollo_eighth",
+    "lion",
+    "sign",
 )
 
 
@@ -63,16 +62,20 @@ def _pairs(setting: str, rules: tuple[tuple[str, str], ...]) -> tuple[Pair, ...]
     return tuple(Pair(setting, *pair) for pair in rules)
 
 
+SMALLEST = "1m"
+SWAN = Pair(SMALLEST, "whitened", "factored")
+OTHER_RULES = _pairs(SMALLEST, tuple((rule, "factored") for rule in _HIDDEN_RULES))
+"""Other rules for the matrices, in SWAN's place."""
 PAIRS = (
     *_pairs("1m", _OF_ALL_SIZES),
     *_pairs("1m", _VOCABULARY_RULES[:4]),
     *_pairs("4m", _OF_ALL_SIZES[:4]),
     *_pairs("16m", _OF_ALL_SIZES[:4]),
-    *_pairs("1m", _HIDDEN_RULES[:5]),
+    *OTHER_RULES[:8],
     *_pairs("1m_batch", _OF_ALL_SIZES[:4]),
     *_pairs("1m_long", _OF_ALL_SIZES[:4]),
     *_pairs("1m", _VOCABULARY_RULES[4:]),
-    *_pairs("1m", _HIDDEN_RULES[5:]),
+    *OTHER_RULES[8:],
     *_pairs("4m", _OF_ALL_SIZES[4:]),
     *_pairs("16m", _OF_ALL_SIZES[4:]),
     *_pairs("1m_batch", _OF_ALL_SIZES[4:]),

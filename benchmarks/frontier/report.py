@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY
-from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of, transferred
+from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of, sweep_of
 from benchmarks.frontier.training import SETTINGS, Trial, state_bytes
 from benchmarks.rows import RESULTS, Row, read_rows
 from examples.llama.pictures import INK, picture
@@ -70,7 +70,7 @@ def results_of(rows: Sequence[Row], setting: str = "1m") -> list[Result]:
         losses = rows_of(rows, pair)
         if pair.setting != setting or not losses:
             continue
-        if next_trials(pair, losses, transferred(rows, pair)):
+        if next_trials(pair, losses, sweep_of(rows, pair)):
             continue
         best = best_trial(losses)
         trained = (losses.get(best._replace(seed=seed)) for seed in SEEDS)

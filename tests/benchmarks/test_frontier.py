@@ -15,7 +15,7 @@ from benchmarks.frontier import training
 from benchmarks.frontier.pairs import PAIRS, Pair
 from benchmarks.frontier.report import results_of
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY, Rule
-from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of, transferred
+from benchmarks.frontier.search import SEEDS, Sweep, best_trial, next_trials, rows_of, sweep_of
 from benchmarks.frontier.training import LANES, Setting, Texts, Trial
 from benchmarks.rows import RESULTS, read_rows
 
@@ -47,21 +47,31 @@ def test_a_sweep_ends_at_the_best_rates_with_worse_ones_on_all_sides_and_then_ta
 def test_the_sweep_of_a_wider_model_begins_at_the_rates_of_the_smallest():
     row = PAIR._asdict() | Trial(0.008, 0.24, 0.03)._asdict() | {"validation_loss": 1.0}
     wider = PAIR._replace(setting="4m")  # twice the width
-    start = transferred([row], wider)
-    assert start == Trial(0.004, 0.24, 0.03)
-    assert transferred([row], PAIR) is None
+    sweep = sweep_of([row], wider)
+    assert sweep.start == Trial(0.004, 0.24, 0.03)
+    assert sweep_of([row], PAIR) == Sweep()
     # Others were trained before: of a better one of them the neighbors would be missing too.
     losses = {Trial(0.004, 0.03, 0.01): 5.0, Trial(0.002, 0.12, 0.01): 6.0}
     trained = []
-    while trials := next_trials(wider, losses, start):
+    while trials := next_trials(wider, losses, sweep):
         trained.append(trials[0])
         losses[trials[0]] = abs(math.log(trials[0].vocabulary_rate / 0.12))
-    assert trained[0] == start
+    assert trained[0] == sweep.start
     assert best_trial(losses) == Trial(0.004, 0.12, 0.03)
     of_matrices_and_vocabulary = {trial[:2] for trial in losses}
     assert {(0.002, 0.12), (0.008, 0.12), (0.004, 0.06)} < of_matrices_and_vocabulary
     assert {(trial.norm_rate, trial.seed) for trial in trained} == {(0.03, 0)}
     assert (0.002, 0.12) not in {trial[:2] for trial in trained}
+
+
+def test_of_other_rules_for_the_matrices_only_their_own_rate_is_swept():
+    row = PAIR._asdict() | Trial(0.008, 0.24, 0.03)._asdict() | {"validation_loss": 1.0}
+    other = Pair("1m", "neuron", "factored")
+    sweep, losses = sweep_of([row], other), {}
+    while trials := next_trials(other, losses, sweep):
+        losses[trials[0]] = abs(math.log(trials[0].hidden_rate / 0.008))
+    start = HIDDEN["neuron"].start
+    assert losses.keys() == {Trial(start * factor, 0.24, 0.03) for factor in (0.5, 1, 2, 4)}
 
 
 def test_every_pair_is_of_rules_that_exist_and_named_once():
