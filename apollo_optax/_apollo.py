@@ -90,7 +90,8 @@ def apollo_update(
     shared = matrix_axes if granularity == "tensor" else matrix_axes[:1]  # one factor
 
     if implementation is None:
-        R = without_overflow(project(P, G, axes))  # R = P G, (*batch, rank, *channel)
+        projected = project(P, G, axes)  # R = P G, (*batch, rank, *channel)
+        R = without_overflow(projected)
         mu, nu = moments(R, state.mu, state.nu, hyper)
         R_tilde = mu / (jnp.sqrt(nu) + eps)
         if callable(granularity):
@@ -98,6 +99,9 @@ def apollo_update(
         else:
             s = _norm(R_tilde, shared) / (_norm(R, shared) + NORM_EPS)
         G_squared = jnp.expand_dims(sum_of_squares_per_channel(G, axes), rank_axis)
+        # The factor of a gradient that R has lost is that of the rest, and far too large.
+        is_lost = jnp.any(projected != R, axis=rank_axis, keepdims=True) & ~jnp.isnan(G_squared)
+        G_squared = jnp.where(is_lost, jnp.inf, G_squared)
     else:
         mu, nu, s, G_squared = implementation(P, G, state.mu, state.nu, axes, hyper, granularity)
 

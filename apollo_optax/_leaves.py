@@ -101,7 +101,9 @@ def checked(hyper: Hyperparameters) -> Hyperparameters:
     require_number("scale", scale, above=0)
     if norm_growth_limit is not None:
         require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
-    # A product with a narrower scalar would be as narrow as the scalar.
+    # A product with a narrower scalar would be as narrow as the scalar, and with NumPy's float64,
+    # which is one of Python's floats, as wide.
+    hyper = Hyperparameters(*(float(x) if isinstance(x, float) else x for x in hyper))
     return jax.tree.map(lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)), hyper)
 
 
@@ -148,7 +150,9 @@ def factored_update(
     if mu.shape == g.shape:
         mu = jnp.asarray(b1 * mu.astype(in_float32.dtype) + (1 - b1) * in_float32)
         direction = mu / (1 - b1**t)
-    kept = LeafState(mu.astype(state.mu.dtype), rows, columns)
+    kept = LeafState(
+        mu.astype(state.mu.dtype), rows.astype(state.nu.dtype), columns.astype(state.norm.dtype)
+    )
     return jnp.asarray(direction / (root + eps), g.dtype), kept
 
 

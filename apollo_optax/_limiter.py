@@ -41,7 +41,7 @@ def limit_growth(
     moves = (limited > 0) & ~jnp.isinf(norm)
     divisor = norm / jnp.where(moves, limited, 1)
     divisor = jnp.where(moves | jnp.isinf(norm), divisor, 1)
-    return divisor.astype(norm.dtype), jnp.where(moves, limited, previous)
+    return divisor.astype(norm.dtype), jnp.where(moves, limited, previous).astype(previous.dtype)
 
 
 def limit_norm_growth(

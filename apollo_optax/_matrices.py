@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, PyTree
 
 from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
 
+_LONGEST_STACK = 127
+
 
 class ApolloDimensionNumbers(NamedTuple):
     """Which axes of a weight are inputs and which are outputs.
@@ -140,7 +142,8 @@ def stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
     """Finds norms and biases of stacked layers, (layers, features), which look like matrices.
 
     Such a leaf is in a subtree whose leaves all have the same first axis, and some of these leaves
-    have two axes after the first.
+    have two axes after the first. A square matrix may be beside a leaf (d, 3, d) too, and the
+    number of layers tells it from a vector: a longer stack than `_LONGEST_STACK` is not found.
     """
     under: dict[Path, list[tuple[Path, Any]]] = {}
     for path, leaf in leaves:
@@ -149,7 +152,8 @@ def stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
     vectors: set[Path] = set()
     for subtree in under.values():
         first_axes = {leaf.shape[:1] for _, leaf in subtree}
-        if len(first_axes) == 1 and max(leaf.ndim for _, leaf in subtree) > 2:
+        is_stack = len(first_axes) == 1 and max(first_axes) <= (_LONGEST_STACK,)
+        if is_stack and max(leaf.ndim for _, leaf in subtree) > 2:
             vectors |= {path for path, leaf in subtree if leaf.ndim == 2}
     return vectors
 

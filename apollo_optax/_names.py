@@ -37,11 +37,10 @@ _UNTOLD = re.compile(r"(w?q?kv|wq|c_attn|patch)(_.*|$)|.*_output")
 _VOCABULARIES = re.compile(
     r"(?!patch_).*embed(ding|dings|der|_tokens)?$|posembed.*|pos_embedding|wte|wpe|shared_embedding"
 )
-_HEADS = re.compile(
-    r"(lm_|output_)?head|logits?(_?dense)?|unembed(ding)?|classifier|output_projection"
-)
-# Neither matrices nor vocabularies, whatever their axes.
-_ELEMENTWISE = re.compile(r"bias|scale|offset|gamma|beta|cls|.*norm\d*|conv.*|.*_bias|ln_.*")
+_HEADS = re.compile(r"(lm_|output_)?head|logits?(_?dense)?|unembed(ding)?|classifier")
+# Neither matrices nor vocabularies, whatever their axes: the names of such leaves, and of modules.
+_NORMS_AND_CONVOLUTIONS = re.compile(r".*norm\d*|conv(?!er).*|ln_.*")
+_ELEMENTWISE = re.compile(r"bias|scale|offset|gamma|beta|cls|.*_bias")
 _LAYERS = re.compile(r"(.*_)?(layers|blocks)|h")
 
 
@@ -204,12 +203,14 @@ def _named(
     name = names[-1] if names else ""
     module = names[-2] if len(names) > 1 else ""
     axes = len(shape)
-    if axes < 2 or _ELEMENTWISE.fullmatch(name) or _ELEMENTWISE.fullmatch(module.lower()):
+    if axes < 2 or _is_no_matrix(name) or _is_no_module_of_matrices(module.lower(), name):
         return Named(None)
     is_head = any(_HEADS.fullmatch(part) for part in names) or names in (
         ("output", "kernel"),
         ("params", "output", "kernel"),
     )
+    # Of attention, it is the projection of its outputs.
+    is_head |= "output_projection" in names and not any("att" in part.lower() for part in names)
     # The name of the leaf or of its module; a module further up, as `time_embedding`, has layers.
     if is_head or any(_VOCABULARIES.fullmatch(part) for part in names[-2:]):
         return Named(_DENSE if vocabulary and axes == 2 else None)
@@ -231,6 +232,17 @@ def _named(
         if of_heads:
             return Named(_INTO_HEADS if module in _INTO else _OUT_OF_HEADS)
     return Named(_DENSE)
+
+
+def _is_no_matrix(name: str) -> bool:
+    return bool(_ELEMENTWISE.fullmatch(name) or _NORMS_AND_CONVOLUTIONS.fullmatch(name))
+
+
+def _is_no_module_of_matrices(module: str, name: str) -> bool:
+    # A module `scale` may have a kernel, which computes the scale.
+    if name in _KERNELS or name in _PLAIN:
+        return bool(_NORMS_AND_CONVOLUTIONS.fullmatch(module))
+    return _is_no_matrix(module)
 
 
 def _fits_heads(

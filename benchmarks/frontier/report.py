@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.frontier.pairs import PAIRS, Pair
+from benchmarks.frontier.pairs import OTHER_RULES, PAIRS, SMALLEST, SWAN, Pair
 from benchmarks.frontier.rules import HIDDEN, VOCABULARY
 from benchmarks.frontier.search import SEEDS, best_trial, next_trials, rows_of, sweep_of
 from benchmarks.frontier.training import SETTINGS, Trial, state_bytes
 from benchmarks.rows import RESULTS, Row, read_rows
 from examples.llama.pictures import INK, picture
 
-__all__ = ["Result", "results_of", "size_table", "table"]
+__all__ = ["Result", "results_of", "rule_table", "size_table", "table"]
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "frontier.png"
 _WIDTH, _HEIGHT = 6.4, 4.2
@@ -61,7 +61,7 @@ class Result(NamedTuple):
         return statistics.stdev(self.losses)
 
 
-def results_of(rows: Sequence[Row], setting: str = "1m") -> list[Result]:
+def results_of(rows: Sequence[Row], setting: str = SMALLEST) -> list[Result]:
     """The pairs that are complete, the lowest loss first."""
     size = SETTINGS[setting]
     of_adamw = state_bytes(size, "adam", "adam")
@@ -89,6 +89,8 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for result in results_of(rows):
         _, hidden, vocabulary = result.pair
+        if result.pair in OTHER_RULES:
+            continue
         cells = [
             HIDDEN[hidden].label,
             VOCABULARY[vocabulary].label,
@@ -98,6 +100,23 @@ def table(rows: Sequence[Row]) -> str:
             f"{result.over_adamw:.1%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rule_table(rows: Sequence[Row]) -> str:
+    """The other rules for the matrices and SWAN, by the sweep's seed, in Markdown."""
+    found = [result for result in results_of(rows) if result.pair in (SWAN, *OTHER_RULES)]
+    (of_swan,) = (result.losses[0] for result in found if result.pair == SWAN)
+    lines = [
+        "| matrices | learning rate | validation loss | above SWAN's | state, of AdamW's |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for result in sorted(found, key=lambda result: result.losses[0]):
+        loss = result.losses[0]
+        lines.append(
+            f"| {HIDDEN[result.pair.hidden].label} | {result.trial.hidden_rate:.2g} | {loss:.3f} "
+            f"| {loss - of_swan:+.3f} | {result.over_adamw:.1%} |"
+        )
     return "\n".join(lines)
 
 
@@ -140,7 +159,7 @@ def _draw(results: Sequence[Result], path: Path) -> None:
         axes = figure.subplots()
         for result in results:
             _, hidden, vocabulary = result.pair
-            if vocabulary not in _SHOWN:
+            if vocabulary not in _SHOWN or result.pair in OTHER_RULES:
                 continue
             percent, is_left = 100 * result.over_adamw, hidden in _ON_THE_LEFT
             axes.errorbar(

@@ -85,6 +85,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "convolutions": {
         "conv_1__kernel": ((3, 3, 4, 8), None, None),
         "embedding__kernel": ((4, 4, 3, 64), None, None),
+        "Convolution_0__kernel": ((3, 8, 8), None, None),
+    },
+    "names within names": {
+        "modulation__scale__kernel": ((64, 128), (0,), (1,)),
+        "attention__output_projection__kernel": ((64, 64), (0,), (1,)),
+        "decoder__output_projection__kernel": ((64, 100), None, None),
+        "converter__kernel": ((64, 128), (0,), (1,)),
+        "scale__value": ((4, 64), None, None),
     },
 }
 

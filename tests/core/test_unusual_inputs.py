@@ -1,5 +1,6 @@
 """Inputs at the edge of what an optimizer is given: small sides, huge numbers, foreign states."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -202,6 +203,35 @@ def test_a_state_wider_than_its_gradients_stays_so():
         _, after = tx.update(jax.tree.map(lambda p: p.astype(jnp.float32), params), state)
         for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
             assert before.dtype == now.dtype
+
+
+@pytest.mark.parametrize("numbers", [None, apollo_optax.ApolloDimensionNumbers(0, -1)])
+def test_a_square_matrix_beside_three_heads_of_queries_keys_and_values_is_a_matrix(numbers):
+    params = {"attn": {"qkv": jnp.ones((128, 3, 128)), "proj": jnp.ones((128, 128))}}
+    with warnings.catch_warnings(action="ignore"):  # of three axes without a known name
+        state = scale_by_apollo(4, weight_dimension_numbers=numbers).init(params)
+    assert state.mu["attn"]["proj"].shape == (4, 128)
+
+
+@pytest.mark.parametrize("largest", [1e15, 1e16, 1e19, 1e25])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        scale_by_apollo(16),
+        scale_by_apollo(4, norm_growth_limit=None),
+        scale_by_apollo(1, granularity="tensor"),
+    ],
+    ids=["identity", "channel", "tensor"],
+)
+def test_one_huge_entry_moves_nothing_far(tx, largest):
+    grads = {"kernel": normal(16, 256)}
+    huge = {"kernel": grads["kernel"].at[3, 5].set(largest)}
+    state = tx.init(grads)
+    for each in (grads, huge, grads):
+        update, state = tx.update(each, state)
+        assert jnp.all(jnp.abs(update["kernel"]) < 100)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.mu))
+    assert jnp.any(update["kernel"] != 0)
 
 
 def test_hyperparameters_of_bfloat16_are_refused_with_the_remedy():
