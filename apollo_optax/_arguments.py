@@ -35,12 +35,12 @@ def require_no_array(name: str, value: Any, allowed: str) -> None:
 
 
 def require_positive_integer(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless `value` is a static integer of at least 1."""
+    """Raises TypeError or ValueError unless `value` is a static integer from 1 to 2**31 - 1."""
     require_no_array(name, value, "a static int")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__}).")
-    if value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be an int >= 1 and < 2**31, got {value!r}.")
 
 
 def require_number(

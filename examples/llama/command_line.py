@@ -93,8 +93,9 @@ def filled(given: _Config, defaults: dict[str, Any]) -> _Config:
 
 _Range = tuple[str, Callable[[float], bool]]
 _COUNT: _Range = ("at least 1", lambda value: value >= 1)
-_NOT_NEGATIVE: _Range = ("at least 0", lambda value: value >= 0)
-_POSITIVE: _Range = ("a positive number", lambda value: value > 0)
+_NOT_NEGATIVE: _Range = ("at least 0, and finite", lambda value: 0 <= value < math.inf)
+_POSITIVE: _Range = ("a positive, finite number", lambda value: 0 < value < math.inf)
+_INT32: _Range = ("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
 _FRACTION: _Range = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _RANGES: dict[str, _Range] = {
     **dict.fromkeys(["batch", "sequence", "micro_batches", "steps", "rank"], _COUNT),
@@ -105,7 +106,8 @@ _RANGES: dict[str, _Range] = {
     ),
     **dict.fromkeys(["norm_growth_limit", "sample_length", "temperature"], _NOT_NEGATIVE),
     **dict.fromkeys(["warmup_fraction", "momentum"], _FRACTION),
-    **dict.fromkeys(["learning_rate", "vocabulary_learning_rate"], _POSITIVE),
+    **dict.fromkeys(["learning_rate", "vocabulary_learning_rate", "alpha"], _POSITIVE),
+    "seed": _INT32,
 }
 
 

@@ -27,7 +27,7 @@ def filled(folder: Path) -> Iterator[Path]:
     A new folder is there with all of them or not at all. What else an existing one holds is left.
     """
     folder = folder.resolve()  # "." has no name
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
     if not folder.exists():

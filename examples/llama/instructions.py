@@ -190,6 +190,20 @@ def _turns(messages: Any, where: str, *, learn: bool) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def _generation_tag() -> type[Any]:
+    """The tag around an answer, which transformers knows: its body, and no more."""
+    import jinja2.ext
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
+
+
 class ChatTemplate:
     """A tokenizer's chat template, rendered by Jinja as transformers does.
 
@@ -208,10 +222,12 @@ class ChatTemplate:
             raise jinja2.TemplateError(message)
 
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _generation_tag()],
         )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
+        environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+            value, ensure_ascii=ensure_ascii, **options
         )
         environment.globals |= {
             "raise_exception": raise_exception,
@@ -303,6 +319,7 @@ def encode_example(
         )
     else:
         parts, end = template.segments(example), []
-    encoded = [np.asarray(tokenizer.encode(text), np.int32) for text, _ in parts]
+    found = tokenizer.encode_parts([text for text, _ in parts])
+    encoded = [np.asarray(ids, np.int32) for ids in found]
     signed = [ids if trained else ~ids for ids, (_, trained) in zip(encoded, parts, strict=True)]
     return np.concatenate([*signed, np.asarray(end, np.int32)])

@@ -70,7 +70,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
             # Only a line that was being written when the process was killed.
             break
         if metrics["step"] <= step:
-            kept.append(line)
+            kept.append(line.rstrip("\n") + "\n")
     shortened = path.with_suffix(".shortened")
     shortened.write_text("".join(kept), encoding="utf-8")
     os.replace(shortened, path)

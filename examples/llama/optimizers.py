@@ -117,7 +117,10 @@ class OptimizerSettings:
       seed: The seed of the projections.
     """
 
-    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")]
+    name: Annotated[
+        LeftOut[OptimizerName],
+        default("{" + ",".join(get_args(OptimizerName)) + "}", "apollo", name="optimizer"),
+    ]
     learning_rate: Annotated[
         LeftOut[float], default("FLOAT", "the optimizer's own; smaller with --load")
     ]
@@ -153,7 +156,7 @@ class OptimizerSettings:
 
 
 LEFT_OPEN = OptimizerSettings(
-    "apollo",
+    LEFT_OUT,
     LEFT_OUT,
     LEFT_OUT,
     **dict.fromkeys(
@@ -181,7 +184,10 @@ def _schedule(settings: OptimizerSettings, peak: float) -> optax.Schedule:
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,
-        warmup_steps=round(settings.warmup_fraction * settings.total_steps),
+        # Of a few steps, one is left for the cosine.
+        warmup_steps=min(
+            round(settings.warmup_fraction * settings.total_steps), settings.total_steps - 1
+        ),
         decay_steps=settings.total_steps,
         end_value=settings.final_fraction * peak,
     )

@@ -327,6 +327,20 @@ def check_options(config: PretrainConfig) -> None:
             "--load"
         )
     names = compared_optimizers(config)
+    if config.compare is not None and config.optimizer.name is not None:
+        raise ValueError(
+            f"--optimizer {config.optimizer.name} is one optimizer, and --compare names those of "
+            "the runs; leave one of the two out"
+        )
+    if config.optimizer.project_embeddings and config.optimizer.vocabulary is not None:
+        raise ValueError(
+            f"--vocabulary {config.optimizer.vocabulary} is a rule for embeddings that are not "
+            "projected, and --project-embeddings projects them; leave one of the two out"
+        )
+    if config.output.allow_changes and not config.output.resume:
+        raise ValueError("--allow-changes is for a run that continues; add --resume")
+    if config.training.remat and config.training.update == "layerwise":
+        raise ValueError("--update layerwise always recomputes activations; leave --remat out")
     lora = f"--lora {config.training.lora}"
     if config.training.lora and model.load is None:
         raise ValueError(f"{lora} trains beside the weights of a loaded model; add --load")
@@ -352,7 +366,7 @@ def compared_optimizers(config: PretrainConfig) -> tuple[OptimizerName, ...]:
     ('apollo_mini', 'adamw')
     """
     if config.compare is None:
-        return (config.optimizer.name,)
+        return (config.optimizer.name or "apollo",)
     names = [name.strip() for name in config.compare.split(",")]
     known = {str(name): name for name in OPTIMIZERS}
     for name in names:

@@ -61,7 +61,6 @@ _EXAMPLES = (
 )
 _TOKENIZER = "tokenizer.json"
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-_RESUMING = ("--resume", "--allow-changes")
 
 
 class Plan(NamedTuple):
@@ -139,9 +138,10 @@ def _explanation(error: Exception, plan: Plan, resuming: str) -> str:
     if isinstance(error, OSError):
         return f"error: {error}. To continue: {resuming}"
     if isinstance(error, TooManySkippedError):
+        allow = "" if " --allow-changes" in resuming else " --allow-changes"
         return (
             f"error: {error}. To continue with a lower --learning-rate or another --seed: "
-            f"{resuming} --allow-changes"
+            f"{resuming}{allow}"
         )
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
         return f"error: out of memory: {error}; {advice(plan.runs[0].settings)}"
@@ -159,7 +159,7 @@ def _answer(message: str, *, exit_code: int) -> int:
 
 
 def _resuming_command(arguments: Sequence[str]) -> str:
-    flags = [argument for argument in arguments if argument not in _RESUMING]
+    flags = [argument for argument in arguments if argument != "--resume"]
     return shlex.join([*_PROGRAM.split(), *flags, "--resume"])
 
 
@@ -267,7 +267,7 @@ def _mesh(config: PretrainConfig, settings: RunSettings) -> Mesh | None:
 def _template(config: PretrainConfig) -> ChatTemplate | None:
     """The chat template beside the tokenizer."""
     given = config.data.tokenizer
-    folder = config.model.load if given is None else Path(given)
+    folder = config.model.load if given is None else Path(given).expanduser()
     if folder is None:
         return None
     folder = folder.parent if folder.name == _TOKENIZER else folder

@@ -15,10 +15,12 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import rich.console
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from apollo_optax.sharding import shardings_of
 from examples.llama import model, train
@@ -39,7 +41,12 @@ from examples.llama.lora import lora_training
 from examples.llama.machine import machine, return_freed_memory
 from examples.llama.mesh import batch_sharding, devices_dividing_batch, param_shardings
 from examples.llama.metrics import WriteMetrics, open_metrics, read_metrics
-from examples.llama.optimizers import FLOAT32_MOMENTS, learning_rate_schedule, make_optimizer
+from examples.llama.optimizers import (
+    FLOAT32_MOMENTS,
+    OptimizerSettings,
+    learning_rate_schedule,
+    make_optimizer,
+)
 from examples.llama.options import CHANGEABLE, OutputOptions, RunSettings
 from examples.llama.processes import agreed, everywhere, writes_files
 from examples.llama.progress import Progress, show_progress
@@ -197,6 +204,12 @@ def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) 
             f"{folder} holds a run already; add --resume to continue it, or choose another --output"
         )
     saved, given = record["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))
+    planned = saved["optimizer"]["total_steps"]
+    if settings.steps < planned:
+        raise ValueError(
+            f"--steps is {settings.steps} and the run in {folder} was planned for {planned}; a "
+            "run can be made longer, not shorter"
+        )
     fixed = differing_settings(saved, given, but=CHANGEABLE)
     differences = fixed if options.allow_changes else differing_settings(saved, given)
     if differences:
@@ -205,12 +218,6 @@ def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) 
         raise ValueError(
             f"the checkpoint in {folder} is of another run: {named}. {remedy or 'Resume'} with "
             "the flags it was started with, or choose another --output"
-        )
-    planned = saved["optimizer"]["total_steps"]
-    if settings.steps < planned:
-        raise ValueError(
-            f"--steps is {settings.steps} and the run in {folder} was planned for {planned}; a "
-            "run can be made longer, not shorter"
         )
     return True
 
@@ -351,7 +358,16 @@ def _start(
             f"{run.folder / 'damaged'}; the run continues from step {int(restored.state.step)}"
         )
     batches.set_state(restored.record["batches"])
-    return restored.state, batches, restored.record["seconds"]
+    state, optimizer = restored.state, run.settings.optimizer
+    if restored.record["settings"]["optimizer"]["seed"] != optimizer.seed:
+        state = state._replace(opt_state=_with_key_of(optimizer, state.opt_state))
+    return state, batches, restored.record["seconds"]
+
+
+def _with_key_of(settings: OptimizerSettings, state: PyTree) -> PyTree:
+    """Returns an optimizer's state with the key of its projections that the settings give it."""
+    keys = optax.tree_utils.tree_get_all_with_path(make_optimizer(settings).init({}), "key")
+    return optax.tree_utils.tree_set(state, key=keys[0][1]) if keys else state
 
 
 def abstract_state(run: Run) -> train.TrainState:

@@ -117,6 +117,12 @@ def validation_batches(
         )
     else:
         sequences = (len(text.validation) - 1) // settings.sequence
+        if sequences < 1:
+            raise ValueError(
+                f"the part of the text that is held out for validation has {len(text.validation):,}"
+                f" tokens; one sequence of {settings.sequence:,} needs {settings.sequence + 1:,}; "
+                "use a shorter --sequence or more text"
+            )
         batches = data.evaluation_batches(
             text.validation,
             sequence_length=settings.sequence,

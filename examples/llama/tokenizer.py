@@ -1,7 +1,7 @@
 """Turns text into token ids and back: bytes, a tokenizer.json, or one trained on the corpus."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +35,14 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> Integer[np.ndarray, " tokens"]:
         """Returns the ids of a text, without any that mark its beginning or end."""
+        ...
+
+    def encode_parts(self, parts: Sequence[str]) -> list[Integer[np.ndarray, " tokens"]]:
+        """Returns the ids of a text of several parts, those of each part apart.
+
+        They are the ids of the whole text. A token that crosses a boundary is of the part in which
+        it ends.
+        """
         ...
 
     def decode(self, ids: Integer[np.ndarray, " tokens"]) -> str:
@@ -88,6 +96,10 @@ class ByteTokenizer:
         """Returns the bytes of the text in UTF-8, uint8."""
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
+    def encode_parts(self, parts: Sequence[str]) -> list[Integer[np.ndarray, " tokens"]]:
+        """Returns the bytes of each part."""
+        return [self.encode(part) for part in parts]
+
     def decode(self, ids: Integer[np.ndarray, " tokens"]) -> str:
         """Returns the text of the bytes, with U+FFFD for an id that is none."""
         ids = np.asarray(ids)
@@ -130,6 +142,15 @@ class SubwordTokenizer:
             (encoding,) = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
             ids.extend(encoding.ids)
         return np.array(ids, dtype=np.int32)
+
+    def encode_parts(self, parts: Sequence[str]) -> list[Integer[np.ndarray, " tokens"]]:
+        """Returns the ids of the whole text, int32, those of each part apart."""
+        encoding = self.tokenizer.encode("".join(parts), add_special_tokens=False)
+        last_characters = [max(begin, end - 1) for begin, end in encoding.offsets]
+        ends = np.cumsum([len(part) for part in parts])
+        of_part = np.searchsorted(ends, np.maximum.accumulate([0, *last_characters])[1:], "right")
+        ids = np.array(encoding.ids, dtype=np.int32)
+        return [ids[of_part == index] for index in range(len(parts))]
 
     def decode(self, ids: Integer[np.ndarray, " tokens"]) -> str:
         """Returns the text of the ids, special tokens among it."""

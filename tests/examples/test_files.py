@@ -41,8 +41,9 @@ def test_the_working_folder_is_filled(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_else_a_folder_holds_is_left(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
+    folder, neighbor = tmp_path / "folder", tmp_path / "folder.partial"
     folder.mkdir()
+    neighbor.mkdir()
     for name in ("other", "same"):
         (folder / name).write_text("old")
     with filled(folder) as partial:
@@ -52,4 +53,4 @@ def test_what_else_a_folder_holds_is_left(tmp_path: Path) -> None:
         "other": "old",
         "same": "new",
     }
-    assert list(tmp_path.iterdir()) == [folder]
+    assert set(tmp_path.iterdir()) == {folder, neighbor}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 
 from examples.llama import data, model
 from examples.llama.config import LlamaConfig
@@ -19,7 +20,7 @@ from examples.llama.instructions import (
 )
 from examples.llama.layered import layered_training
 from examples.llama.text import Text, read_examples
-from examples.llama.tokenizer import load_tokenizer
+from examples.llama.tokenizer import SubwordTokenizer, load_tokenizer
 from examples.llama.train import make_loss, standard_training
 
 CHATML = (
@@ -65,6 +66,40 @@ def test_of_a_conversation_all_that_the_assistant_says_is_learned() -> None:
 def test_of_a_prompt_and_its_completion_the_completion_is_learned_to_its_end() -> None:
     text, marks = learned({"prompt": "1 + 1 =", "completion": " 2"})
     assert (text, marks) == ("1 + 1 = 2\n", "       ^^^")
+
+
+def test_prompt_and_completion_have_the_tokens_of_their_whole_text() -> None:
+    """Tokenizers of Llama 2 begin every text with a mark of a space."""
+    tokens = ["<unk>", "▁", "1", "2", "+", "▁1", "▁2", "▁+"]
+    model = tokenizers.models.BPE(
+        {token: i for i, token in enumerate(tokens)},
+        [("▁", "1"), ("▁", "2"), ("▁", "+")],
+        unk_token="<unk>",
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    subwords = SubwordTokenizer(tokenizer)
+    for prompt, completion in (("1 +", " 2"), ("1 + ", "2")):
+        example = parse_example({"prompt": prompt, "completion": completion}, "file, line 1")
+        ids = encode_example(example, subwords, None)
+        assert [tokens[i] for i in np.maximum(ids, ~ids)] == ["▁1", "▁+", "▁2"]
+        assert [i >= 0 for i in ids] == [False, False, True]
+    parts = ["1", "", " + 2", " 1"]
+    assert [len(ids) for ids in subwords.encode_parts(parts)] == [1, 0, 2, 1]
+
+
+def test_templates_for_training_mark_the_answer_with_a_tag_and_may_ask_for_ascii() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content | tojson(ensure_ascii=True) }}"
+        "{% endif %}{% endfor %}"
+    )
+    assert learned(chat("é", "yes"), source) == (
+        '"\\u00e9"yes#',
+        "        ^^^^",
+    )
 
 
 def test_a_prompt_of_messages_is_read_and_its_completion_learned() -> None:

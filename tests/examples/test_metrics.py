@@ -36,6 +36,13 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
     assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5, 0.25]
 
 
+def test_a_line_that_lacks_its_end_alone_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}))
+    with open_metrics(tmp_path, steps_done=1) as write:
+        write({"step": 2, "loss": 0.25})
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5, 0.25]
+
+
 def test_a_new_run_begins_with_no_lines(tmp_path: Path) -> None:
     with open_metrics(tmp_path) as write:
         write({"step": 1, "loss": 0.0})

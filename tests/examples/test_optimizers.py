@@ -143,7 +143,7 @@ def test_projecting_embeddings_leaves_no_full_moments(name: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"learning_rate": 0.0}, "--learning-rate is 0.0; expected a positive number"),
+        ({"learning_rate": 0.0}, "--learning-rate is 0.0; expected a positive, finite number"),
         ({"name": "adam"}, "--optimizer is 'adam'; expected one of apollo, "),
         ({"granularity": "row"}, "granularity must be one of .*, got 'row'"),
         ({"projection": "sparse"}, "--projection is 'sparse'; expected one of gaussian, "),

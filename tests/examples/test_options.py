@@ -13,6 +13,7 @@ from examples.llama.optimizers import (
     OPTIONS_OF,
     OptimizerName,
     OptimizerSettings,
+    learning_rate_schedule,
 )
 from examples.llama.options import (
     ModelName,
@@ -204,6 +205,36 @@ def test_wrong_comparisons_are_named(compare: str, named: str) -> None:
         compared_optimizers(PretrainConfig(compare=compare))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compare": "adamw,lion", "optimizer": optimizer(name="muon")}, "leave one of the two"),
+        ({"compare": "adamw,lion", "optimizer": optimizer(name="apollo")}, "leave one of the two"),
+        (
+            {"optimizer": optimizer(vocabulary="factored", project_embeddings=True)},
+            "--vocabulary factored is a rule for embeddings that are not projected",
+        ),
+        ({"output": OutputOptions(allow_changes=True)}, "add --resume"),
+        ({"training": TrainingOptions(remat=True, update="layerwise")}, "leave --remat out"),
+    ],
+)
+def test_a_flag_that_another_one_leaves_without_effect_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_options(PretrainConfig(**options))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.96, 0.99])
+def test_any_allowed_warm_up_fits_in_a_few_steps(fraction: float) -> None:
+    settings = resolved(
+        "sgd", optimizer=optimizer(total_steps=3, warmup_fraction=fraction)
+    ).optimizer
+    rates = [float(learning_rate_schedule(settings)(step)) for step in range(3)]
+    assert max(rates) == pytest.approx(settings.learning_rate)
+    assert rates[-1] == pytest.approx(0.1 * settings.learning_rate)
+
+
 def test_a_batch_that_micro_batches_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="batch of 8 sequences .* 3 micro-batches"):
         resolved("apollo", training=TrainingOptions(micro_batches=3))
@@ -223,7 +254,10 @@ OUT_OF_RANGE: list[tuple[Any, str]] = [
     (TrainingOptions(micro_batches=0), "--micro-batches is 0"),
     (TrainingOptions(spike_limit=-1.0), "--spike-limit is -1.0"),
     (TrainingOptions(lora=-1), "--lora is -1; expected at least 0"),
-    (optimizer(learning_rate=0.0), "--learning-rate is 0.0; expected a positive number"),
+    (optimizer(learning_rate=0.0), "--learning-rate is 0.0; expected a positive, finite number"),
+    (optimizer(learning_rate=float("inf")), "--learning-rate is inf; expected a positive, finite"),
+    (optimizer(name="galore", alpha=-1.0), "--alpha is -1.0; expected a positive"),
+    (TrainingOptions(seed=5_000_000_000), r"--seed is 5000000000; expected from 0 to 2\*\*31 - 1"),
     (optimizer(total_steps=0), "--steps is 0"),
     (optimizer(warmup_fraction=1.0), "--warmup-fraction is 1.0; expected at least 0 and below 1"),
     (optimizer(weight_decay=-1.0), "--weight-decay is -1.0"),
