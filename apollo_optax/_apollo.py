@@ -172,8 +172,8 @@ def scale_by_apollo(
     float32 with JAX's default precision. On TPUs and recent GPUs this precision rounds the entries
     of P and G to bfloat16 or TF32 first; `jax.default_matmul_precision("highest")` prevents that.
 
-    If a gradient is so large that its squares overflow, its update is zero, and the moments decay
-    as with a zero gradient.
+    If a gradient is so large that sums of squares could overflow, from about 1e15 on in float32,
+    its update is zero, and the moments decay as with a zero gradient.
 
     Args:
       rank: The number of rows of P, capped at a matrix's smaller side. The state of a matrix with
