@@ -39,7 +39,7 @@ def require_positive_integer(name: str, value: Any) -> None:
     require_no_array(name, value, "a static int")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__}).")
-    if not 1 <= value < 2**31:
+    if not 1 <= int(value) < 2**31:
         raise ValueError(f"{name} must be an int >= 1 and < 2**31, got {value!r}.")
 
 

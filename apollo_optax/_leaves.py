@@ -103,7 +103,8 @@ def checked(hyper: Hyperparameters) -> Hyperparameters:
         require_number("norm_growth_limit", norm_growth_limit, above=1, precise=True)
     # A product with a narrower scalar would be as narrow as the scalar, and with NumPy's float64,
     # which is one of Python's floats, as wide.
-    hyper = Hyperparameters(*(float(x) if isinstance(x, float) else x for x in hyper))
+    values: list[Any] = [float(x) if isinstance(x, float) else x for x in hyper]
+    hyper = Hyperparameters(*values)
     return jax.tree.map(lambda x: jnp.asarray(x, wide(jnp.asarray(x).dtype)), hyper)
 
 

@@ -67,7 +67,8 @@ def test_the_sweep_of_a_wider_model_begins_at_the_rates_of_the_smallest():
 def test_of_other_rules_for_the_matrices_only_their_own_rate_is_swept():
     row = PAIR._asdict() | Trial(0.008, 0.24, 0.03)._asdict() | {"validation_loss": 1.0}
     other = Pair("1m", "neuron", "factored")
-    sweep, losses = sweep_of([row], other), {}
+    sweep = sweep_of([row], other)
+    losses: dict[Trial, float] = {}
     while trials := next_trials(other, losses, sweep):
         losses[trials[0]] = abs(math.log(trials[0].hidden_rate / 0.008))
     start = HIDDEN["neuron"].start
