@@ -6,7 +6,7 @@ Writes `docs/images/frontier.png`. The table is written by `python -m benchmarks
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,8 @@ class Result(NamedTuple):
       losses: Validation losses of the seeds, nats a token.
       state_bytes: Of the optimizer's state.
       over_adamw: The same over that of AdamW.
+      is_complete: Whether the sweep is closed and all its seeds are there. If not, the loss of the
+        best rates is at most that of the trial.
     """
 
     pair: Pair
@@ -49,6 +51,7 @@ class Result(NamedTuple):
     losses: tuple[float, ...]
     state_bytes: int
     over_adamw: float
+    is_complete: bool
 
     @property
     def mean(self) -> float:
@@ -63,6 +66,10 @@ class Result(NamedTuple):
 
 def results_of(rows: Sequence[Row], setting: str = SMALLEST) -> list[Result]:
     """The pairs that are complete, the lowest loss first."""
+    return [result for result in _all_results_of(rows, setting) if result.is_complete]
+
+
+def _all_results_of(rows: Sequence[Row], setting: str) -> list[Result]:
     size = SETTINGS[setting]
     of_adamw = state_bytes(size, "adam", "adam")
     results = []
@@ -70,13 +77,12 @@ def results_of(rows: Sequence[Row], setting: str = SMALLEST) -> list[Result]:
         losses = rows_of(rows, pair)
         if pair.setting != setting or not losses:
             continue
-        if next_trials(pair, losses, sweep_of(rows, pair)):
-            continue
+        is_complete = not next_trials(pair, losses, sweep_of(rows, pair))
         best = best_trial(losses)
         trained = (losses.get(best._replace(seed=seed)) for seed in SEEDS)
         of_seeds = tuple(loss for loss in trained if loss is not None)
         state = state_bytes(size, pair.hidden, pair.vocabulary)
-        results.append(Result(pair, best, of_seeds, state, state / of_adamw))
+        results.append(Result(pair, best, of_seeds, state, state / of_adamw, is_complete))
     return sorted(results, key=lambda result: result.mean)
 
 
@@ -120,35 +126,35 @@ def rule_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def size_table(rows: Sequence[Row]) -> str:
-    """The pairs that are complete at more than one size, by the sweep's seed, in Markdown.
+def size_table(rows: Sequence[Row], setting: str = "4m") -> str:
+    """A larger model beside the smallest, by the sweep's seed, in Markdown.
 
     In brackets is what a loss is above AdamW's at that size.
     """
-    found = {
-        name: {result.pair[1:]: result for result in results_of(rows, name)} for name in SETTINGS
-    }
-    sizes = {name: results for name, results in found.items() if ("adam", "adam") in results}
-    first, *others = sizes
-    lines = [
-        "| matrices | vocabulary | "
-        + " | ".join(SETTINGS[name].label for name in sizes)
-        + " | "
-        + " | ".join(f"learning rates, {SETTINGS[name].label}" for name in others)
-        + " |",
-        "| --- | --- |" + " ---: |" * len(sizes) + " --- |" * len(others),
+    of_size = [
+        {result.pair[1:]: result for result in _all_results_of(rows, name)}
+        for name in (SMALLEST, setting)
     ]
-    for hidden, vocabulary in sizes[first]:
-        results = [of_size.get((hidden, vocabulary)) for of_size in sizes.values()]
-        if not any(results[1:]):
-            continue
-        cells = [HIDDEN[hidden].label, VOCABULARY[vocabulary].label]
-        for result, of_size in zip(results, sizes.values(), strict=True):
-            difference = result and result.losses[0] - of_size["adam", "adam"].losses[0]
-            cells.append(f"{result.losses[0]:.3f} ({difference:+.3f})" if result else "")
-        cells += [
-            ", ".join(f"{rate:.2g}" for rate in result.trial[:3]) if result else ""
-            for result in results[1:]
+
+    def loss(results: Mapping[tuple[str, str], Result], rules: tuple[str, str]) -> str:
+        result, of_adamw = results[rules], results["adam", "adam"].losses[0]
+        bound = "" if result.is_complete else "at most "
+        return f"{bound}{result.losses[0]:.3f} ({result.losses[0] - of_adamw:+.3f})"
+
+    labels = " | ".join(SETTINGS[name].label for name in (SMALLEST, setting))
+    lines = [
+        f"| matrices | vocabulary | {labels} | learning rates | state, of AdamW's |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    larger = sorted(of_size[1].values(), key=lambda result: result.losses[0])
+    for result in larger:
+        rules = result.pair[1:]
+        cells = [
+            HIDDEN[rules[0]].label,
+            VOCABULARY[rules[1]].label,
+            *(loss(results, rules) for results in of_size),
+            ", ".join(f"{rate:.2g}" for rate in result.trial[:3]),
+            f"{result.over_adamw:.1%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
