@@ -222,7 +222,7 @@ def test_rule_chooses_leaves_axes_and_sizes():
         ({"a": jnp.ones((0, 4))}, {"axes": 0}, ValueError, r"\(0, 4\) .*is empty"),
         ({"a": jnp.ones((4, 4))}, {"axes": {"b": 0}}, ValueError, r"metadata\s+\('b',\)"),
         ({"a": jnp.ones((4, 4))}, {"axes": "in"}, TypeError, "axis 'in'"),
-        ({}, {"group_size": 0}, ValueError, "group_size must be an int >= 1, got 0"),
+        ({}, {"group_size": 0}, ValueError, "group_size must be an int >= 1 and .*, got 0"),
         ({}, {"group_size": 12.5}, TypeError, "group_size must be an int >= 1"),
     ],
 )

@@ -460,12 +460,13 @@ class Unhashable:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"rank": 0}, ValueError, "rank must be an int >= 1, got 0"),
+        ({"rank": 0}, ValueError, "rank must be an int >= 1 and .*, got 0"),
         ({"rank": -3}, ValueError, "rank.*-3"),
         ({"rank": True}, TypeError, "rank.*True"),
         ({"rank": 4.0}, TypeError, "rank.*4.0"),
         ({"rank": jnp.asarray(4)}, TypeError, "static_args"),
-        ({"update_proj_gap": 0}, ValueError, "update_proj_gap must be an int >= 1, got 0"),
+        ({"update_proj_gap": 0}, ValueError, "update_proj_gap must be an int >= 1 and .*, got 0"),
+        ({"update_proj_gap": 2**40}, ValueError, r"update_proj_gap must be .* < 2\*\*31"),
         ({"b1": 1}, ValueError, "b1 must be .*>= 0 and < 1, got 1"),
         ({"b1": -0.1}, ValueError, "b1"),
         ({"b2": 1.0}, ValueError, "b2"),

@@ -205,6 +205,24 @@ def test_a_state_wider_than_its_gradients_stays_so():
             assert before.dtype == now.dtype
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        apollo_optax.swan(0.1, b2=np.float64(0.99)),
+        apollo_optax.scale_by_apollo(2, norm_growth_limit=np.float64(1.01)),
+        limit_norm_growth(np.float64(1.01)),
+    ],
+    ids=["factored", "apollo", "limiter"],
+)
+def test_numbers_of_numpy_leave_the_state_in_float32_with_x64_too(tx):
+    params = {"embedding": normal(130, 128), "kernel": normal(8, 16)}
+    with jax.enable_x64(True):
+        state = tx.init(params)
+        _, after = tx.update(params, state, params)
+    before, after = ([leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, after))
+    assert after == before
+
+
 @pytest.mark.parametrize("numbers", [None, apollo_optax.ApolloDimensionNumbers(0, -1)])
 def test_a_square_matrix_beside_three_heads_of_queries_keys_and_values_is_a_matrix(numbers):
     params = {"attn": {"qkv": jnp.ones((128, 3, 128)), "proj": jnp.ones((128, 128))}}

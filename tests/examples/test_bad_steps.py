@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rich.console
 
 from apollo_optax import apollo
-from examples.llama import model, train
+from examples.llama import model, run, train
 from examples.llama.bad_steps import CAUSES, cause_of, skip_bad_steps
+from examples.llama.command_line import parse
 from examples.llama.config import MODELS
 from examples.llama.huggingface import save_llama
 from examples.llama.layered import layered_training
 from examples.llama.metrics import read_metrics
-from examples.llama.pretrain import main
+from examples.llama.optimizers import make_optimizer
+from examples.llama.options import PretrainConfig
+from examples.llama.pretrain import main, prepare
 from tests.examples.tiny_pretrain import TINY, squares
 
 GOOD = np.full((2, 3), 0.5, np.float32)
@@ -205,11 +209,24 @@ def test_a_run_can_go_on_after_skipped_steps_with_another_learning_rate(
 
 
 @pytest.mark.slow
-def test_another_model_is_refused_though_changes_are_allowed(
+def test_another_model_is_refused_and_another_seed_has_its_projections_if_changes_are_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = command(tmp_path, squares(0, 200), "--steps", "2")
     assert main(arguments) == 0
+    keys = {}
+    for seed in ("0", "1"):
+        given = [*arguments, "--resume", "--allow-changes", "--seed", seed]
+        plan = prepare(parse(PretrainConfig, "pretrain", given, ()))
+        state, batches, _ = run._start(plan.runs[0], plan.text, rich.console.Console())
+        batches.close()
+        found = optax.tree_utils.tree_get_all_with_path(state.opt_state, "key")
+        keys[seed] = [tuple(map(int, key)) for _, key in found]
+    fresh = optax.tree_utils.tree_get_all_with_path(
+        make_optimizer(plan.runs[0].settings.optimizer).init({}), "key"
+    )
+    assert keys["1"] == [tuple(map(int, key)) for _, key in fresh]
+    assert keys["0"] != keys["1"]
     capsys.readouterr()
     assert main([*arguments, "--resume", "--allow-changes", "--rank", "3"]) == 2
     assert "optimizer.rank is" in capsys.readouterr().err
