@@ -54,6 +54,8 @@ ScalingRule = Callable[[Array, Array], Array]
 Granularity = Literal["channel", "tensor"] | ScalingRule
 # From (P, G, mu, nu, axes, hyper, granularity) to (mu, nu, s, |G|^2 per channel).
 Implementation = Callable[..., tuple[Array, Array, Array, Array]]
+# Of the largest number: below it, P of any width keeps R far from overflow.
+_LARGEST_SQUARE = 1e-16
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "granularity", "implementation"))
@@ -90,8 +92,7 @@ def apollo_update(
     shared = matrix_axes if granularity == "tensor" else matrix_axes[:1]  # one factor
 
     if implementation is None:
-        projected = project(P, G, axes)  # R = P G, (*batch, rank, *channel)
-        R = without_overflow(projected)
+        R = without_overflow(project(P, G, axes))  # R = P G, (*batch, rank, *channel)
         mu, nu = moments(R, state.mu, state.nu, hyper)
         R_tilde = mu / (jnp.sqrt(nu) + eps)
         if callable(granularity):
@@ -99,14 +100,13 @@ def apollo_update(
         else:
             s = _norm(R_tilde, shared) / (_norm(R, shared) + NORM_EPS)
         G_squared = jnp.expand_dims(sum_of_squares_per_channel(G, axes), rank_axis)
-        # The factor of a gradient that R has lost is that of the rest, and far too large.
-        is_lost = jnp.any(projected != R, axis=rank_axis, keepdims=True) & ~jnp.isnan(G_squared)
-        G_squared = jnp.where(is_lost, jnp.inf, G_squared)
     else:
         mu, nu, s, G_squared = implementation(P, G, state.mu, state.nu, axes, hyper, granularity)
 
     G_squared = jnp.sum(G_squared, axis=shared, keepdims=True)
-    U_squared = jnp.where(jnp.isinf(G_squared), jnp.inf, jnp.square(s) * G_squared)
+    # R may have lost entries of a larger gradient, and s is then the factor of the rest.
+    is_lost = G_squared > _LARGEST_SQUARE * float(jnp.finfo(G_squared.dtype).max)
+    U_squared = jnp.where(is_lost, jnp.inf, jnp.square(s) * G_squared)
     N = jnp.sqrt(jnp.sum(U_squared, axis=matrix_axes))  # |G s|, (*batch,)
     c, remembered = limit_growth(N, state.norm, limit)
     is_projected = P.shape[-2] < P.shape[-1]
@@ -172,8 +172,8 @@ def scale_by_apollo(
     float32 with JAX's default precision. On TPUs and recent GPUs this precision rounds the entries
     of P and G to bfloat16 or TF32 first; `jax.default_matmul_precision("highest")` prevents that.
 
-    If a gradient is so large that sums of squares could overflow, from about 1e15 on in float32,
-    its update is zero, and the moments decay as with a zero gradient.
+    If the norm of a channel (of the matrix with "tensor") is above 1e11 in float32, the update of
+    the matrix is zero. In the moments, entries of R above 1e15 count as zero.
 
     Args:
       rank: The number of rows of P, capped at a matrix's smaller side. The state of a matrix with
