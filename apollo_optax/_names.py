@@ -1,5 +1,6 @@
 """Finds the matrices of a transformer by the names that libraries give its parameters."""
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterable
@@ -20,7 +21,9 @@ _HEADS_FIRST = ApolloDimensionNumbers(-2, (-3, -1))  # (heads, embed, head_dim)
 # Names of leaves, or of the modules of leaves that are called `w` or `kernel`.
 _KERNELS = {"kernel", "wi", "wi_0", "wi_1", "wo"}
 # Matrices if they have two axes: Haiku's (in, out), and Equinox's and PyTorch's (out, in).
-_PLAIN = {"w": _DENSE, "weight": ApolloDimensionNumbers(-1, -2)}
+_PLAIN = {"w": _DENSE} | dict.fromkeys(
+    ("weight", "weight_ih", "weight_hh"), ApolloDimensionNumbers(-1, -2)
+)
 _EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _EINSUMS = {
     "q_einsum": _HEADS_FIRST,
@@ -37,10 +40,16 @@ _UNTOLD = re.compile(r"(w?q?kv|wq|c_attn|patch)(_.*|$)|.*_output")
 _VOCABULARIES = re.compile(
     r"(?!patch_).*embed(ding|dings|der|_tokens)?$|posembed.*|pos_embedding|wte|wpe|shared_embedding"
 )
-_HEADS = re.compile(r"(lm_|output_)?head|logits?(_?dense)?|unembed(ding)?|classifier")
+# Modules with several layers may have the second kind of names, up to the whole model.
+_HEADS = re.compile(r"(lm_|output_)head|(to_)?logits?(_?dense)?|unembed(ding)?")
+_HEADS_OF_ONE_LAYER = re.compile(r"head|readout|classifier")
+# At the top of a model only. Further down, they are modules of a layer.
+_TOP_HEADS_AND_VOCABULARIES = {("output", "kernel"), ("output", "weight"), ("shared", "weight")}
 # Neither matrices nor vocabularies, whatever their axes: the names of such leaves, and of modules.
-_NORMS_AND_CONVOLUTIONS = re.compile(r".*norm\d*|conv(?!er).*|ln_.*")
+_NORMS_AND_CONVOLUTIONS = re.compile(r".*norm\d*|conv(?!er).*|ln\d*(_.*)?|rms\d*")
 _ELEMENTWISE = re.compile(r"bias|scale|offset|gamma|beta|cls|.*_bias")
+# The longest side of a convolution's window.
+LARGEST_WINDOW = 7
 _LAYERS = re.compile(r"(.*_)?(layers|blocks)|h")
 
 
@@ -71,7 +80,9 @@ def transformer_dimension_numbers(
 
     - In `kernel` of Dense and of scanned or expert Dense, (..., in, out), the last two axes are the
       matrix and all others are batch axes. The same holds for mixture-of-experts weights named
-      `wi`, `wi_0`, `wi_1` and `wo`, and for `w` or `weight` with two axes.
+      `wi`, `wi_0`, `wi_1` and `wo`, and for `w` or `weight` with two axes. If a batch axis other
+      than the layers' is longer than a side of the matrix, or if two batch axes look like the
+      window of a convolution, the name is unknown.
     - `kernel` of DenseGeneral in attention is a matrix per layer: `query`, `key` and `value` (...,
       embed, heads, head_dim) and `out` (..., heads, head_dim, embed), also as `q_proj` to `o_proj`.
       If kernels of three axes do not fit together as attention kernels (`out` against `query`),
@@ -120,10 +131,9 @@ def default_dimension_numbers(params: PyTree) -> PyTree:
     """
     named, treedef = named_arrays(params)
     found = by_name(named)
-    vectors = stacked_vectors(named)
 
     def spec_of(path: Path, leaf: Any) -> ApolloDimensionNumbers | None:
-        if found[path].known or leaf.ndim != 2 or path in vectors:
+        if found[path].known or leaf.ndim != 2:
             return found[path].spec
         return ApolloDimensionNumbers()
 
@@ -157,14 +167,15 @@ def by_name(
     project_embeddings: bool = False,
     layers_axis: int | None = None,
 ) -> dict[Path, Named]:
-    """Returns what the name of each leaf says."""
+    """Returns what the name of each leaf says; of stacked vectors, also what the shapes say."""
+    named = list(named)
     leaves = [(path, _words(path), tuple(leaf.shape)) for path, leaf in named]
+    vectors = stacked_vectors(named)
 
     def stacked_axis(names: Path, shape: tuple[int, ...]) -> int | None:
-        is_stacked = any(_LAYERS.fullmatch(name) for name in names[:-1])
-        return (
-            layers_axis % len(shape) if layers_axis is not None and is_stacked and shape else None
-        )
+        if layers_axis is None or not shape or not _is_stacked(names):
+            return None
+        return layers_axis % len(shape)
 
     axes = {path: stacked_axis(names, shape) for path, names, shape in leaves}
     # The shapes of one layer, which the names describe.
@@ -175,11 +186,25 @@ def by_name(
     siblings = {names: of_layer[path] for path, names, _ in leaves}
     found = {}
     for path, names, shape in leaves:
-        one = _named(names, of_layer[path], siblings, project_embeddings)
-        if one.spec and (axis := axes[path]) is not None:
+        axis = axes[path]
+        stacked = axis is None and _is_stacked(names)
+        one = _named(
+            names, of_layer[path], siblings, vocabulary=project_embeddings, stacked=stacked
+        )
+        if path in vectors and not (one.known and one.certain):
+            one = Named(None)
+        if one.spec and axis is not None:
             one = one._replace(spec=_with_axis(one.spec, axis, len(shape)))
         found[path] = one
     return found
+
+
+def _is_stacked(names: Path) -> bool:
+    """Whether a leaf is under `layers`, and not under one layer of a list, as `layers/3`."""
+    return any(
+        _LAYERS.fullmatch(name) and not following.isdecimal()
+        for name, following in itertools.pairwise(names)
+    )
 
 
 def _words(path: Path) -> Path:
@@ -198,20 +223,25 @@ def _with_axis(spec: ApolloDimensionNumbers, axis: int, ndim: int) -> ApolloDime
 
 
 def _named(
-    names: Path, shape: tuple[int, ...], shapes: dict[Path, tuple[int, ...]], vocabulary: bool
+    names: Path,
+    shape: tuple[int, ...],
+    shapes: dict[Path, tuple[int, ...]],
+    *,
+    vocabulary: bool,
+    stacked: bool,
 ) -> Named:
     name = names[-1] if names else ""
     module = names[-2] if len(names) > 1 else ""
     axes = len(shape)
+    dense = _DENSE
     if axes < 2 or _is_no_matrix(name) or _is_no_module_of_matrices(module.lower(), name):
         return Named(None)
-    is_head = any(_HEADS.fullmatch(part) for part in names) or names in (
-        ("output", "kernel"),
-        ("params", "output", "kernel"),
-    )
+    is_head = any(_HEADS.fullmatch(part) for part in names)
+    is_head |= any(_HEADS_OF_ONE_LAYER.fullmatch(part) for part in names[-2:])
+    is_head |= names[names[:1] == ("params",) :] in _TOP_HEADS_AND_VOCABULARIES
     # Of attention, it is the projection of its outputs.
-    is_head |= "output_projection" in names and not any("att" in part.lower() for part in names)
-    # The name of the leaf or of its module; a module further up, as `time_embedding`, has layers.
+    is_head |= module == "output_projection" and not any("att" in part.lower() for part in names)
+    # The name of the leaf or of its module. A module further up, as `time_embedding`, has layers.
     if is_head or any(_VOCABULARIES.fullmatch(part) for part in names[-2:]):
         return Named(_DENSE if vocabulary and axes == 2 else None)
     if name in _EINSUMS or (module in _EINSUMS and name == "w"):
@@ -220,6 +250,7 @@ def _named(
     if name in _PLAIN:
         if axes == 2:
             return Named(_PLAIN[name], certain=False)
+        dense = _PLAIN[name]
         name = "kernel" if module in _INTO | _OUT else name
     if name in _EXPERTS and axes == 3:
         return Named(_DENSE)
@@ -231,7 +262,15 @@ def _named(
             return _UNKNOWN
         if of_heads:
             return Named(_INTO_HEADS if module in _INTO else _OUT_OF_HEADS)
-    return Named(_DENSE)
+    elif name == "kernel" and not _may_be_matrices(shape[stacked:-2], shape[-2:]):
+        return _UNKNOWN
+    return Named(dense)
+
+
+def _may_be_matrices(batch: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
+    """Whether a kernel may be (experts, in, out): no window, and not (in, heads, head_dim)."""
+    is_window = len(batch) > 1 and max(batch) <= LARGEST_WINDOW
+    return not is_window and all(size <= min(matrix) for size in batch)
 
 
 def _is_no_matrix(name: str) -> bool:

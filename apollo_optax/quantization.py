@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray, PyTree
 
 from apollo_optax._arguments import require_one_of, require_positive_integer
 from apollo_optax._matrices import ApolloDimensionNumbers
-from apollo_optax._names import by_name
+from apollo_optax._names import LARGEST_WINDOW, by_name
 from apollo_optax._paths import Path, named_leaves, spell
 from apollo_optax._placement import call_on_automatic_axes
 from apollo_optax._rounding import (
@@ -68,8 +68,6 @@ _compiled = functools.partial(jax.jit, inline=True)
 
 # A group of fewer weights does not justify a scale of 4 bytes, if another axis is longer.
 _FEWEST_IN_A_GROUP = 16
-# The longest side of a convolution's window.
-_LARGEST_WINDOW = 7
 
 _INT8 = (jnp.int8, "int8")
 _VECTORS = ("b", "bias", "offset", "scale")
@@ -132,7 +130,7 @@ def _long_axis(shape: tuple[int, ...], contracted: int) -> int:
     # width). The first axis may be layers, which have scales of their own, unless all other axes
     # are a window.
     later = list(range(-1, -len(shape), -1))
-    is_window = all(shape[axis] <= _LARGEST_WINDOW for axis in later)
+    is_window = all(shape[axis] <= LARGEST_WINDOW for axis in later)
     allowed = [*later, -len(shape)] if is_window else later
     long = [axis for axis in allowed if shape[axis] >= _FEWEST_IN_A_GROUP]
     return long[0] if long else max([contracted, *later], key=lambda axis: shape[axis])

@@ -94,6 +94,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "converter__kernel": ((64, 128), (0,), (1,)),
         "scale__value": ((4, 64), None, None),
     },
+    "a model whose name is that of a head": {
+        "classifier/~/linear_0__w": ((64, 128), (0,), (1,)),
+        "head__layers_0__kernel": ((64, 128), (0,), (1,)),
+        "lm_head__dense__kernel": ((64, 64), None, None),
+        "classifier__kernel": ((64, 10), None, None),
+    },
+    "heads and tables of PyTorch": {
+        "output__weight": ((100, 64), None, None),
+        "shared__weight": ((100, 64), None, None),
+        "readout__kernel": ((64, 100), None, None),
+        "to_logits__kernel": ((64, 100), None, None),
+        "block__output__weight": ((64, 64), (0,), (1,)),
+    },
+    "stacked norms": {
+        "layers__ln1__weight": ((12, 64), None, None),
+        "layers__rms__weight": ((12, 64), None, None),
+        "layers__attention_gain__weight": ((12, 64), None, None),
+        "layers__up__kernel": ((12, 64, 128), (1,), (2,)),
+        "layers__to_q__kernel": ((12, 8, 128), (1,), (2,)),
+    },
 }
 
 
@@ -128,6 +148,7 @@ def test_layers_may_be_on_another_axis():
         layers__attn__out__kernel=(4, 12, 16, 64),
         layers__norm__scale=(64, 12),
         mlp__kernel=(64, 128),
+        blocks__0__mlp__kernel=(64, 128),
     )
     found = sides(params, transformer_dimension_numbers(params, layers_axis=1))
     assert found == {
@@ -136,7 +157,19 @@ def test_layers_may_be_on_another_axis():
         "layers__attn__out__kernel": ((1,), {(0, 2), (3,)}),
         "layers__norm__scale": None,
         "mlp__kernel": ((), {(0,), (1,)}),
+        "blocks__0__mlp__kernel": ((), {(0,), (1,)}),
     }
+
+
+def test_weights_of_pytorch_are_out_by_in_also_stacked():
+    params = tree(
+        layers__attn__q_proj__weight=(12, 96, 64),
+        layers__attn__o_proj__weight=(12, 64, 96),
+        gru__weight_ih=(96, 64),
+    )
+    of_pytorch = ApolloDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    found = transformer_dimension_numbers(params)
+    assert jax.tree.leaves(found, is_leaf=lambda x: x == of_pytorch) == [of_pytorch] * 3
 
 
 UNKNOWN = {
@@ -146,6 +179,9 @@ UNKNOWN = {
     "layers on the second axis": tree(
         attn__q_proj__kernel=(64, 12, 4), attn__o_proj__kernel=(4, 12, 64)
     ),
+    "queries of another name": tree(attn__to_q__kernel=(512, 8, 64)),
+    "stacked queries of another name": tree(layers__to_q__kernel=(12, 512, 8, 64)),
+    "convolutions of another name": tree(stem__kernel=(3, 3, 64, 64)),
     "a table": tree(table=(100, 64)),
 }
 
