@@ -331,13 +331,15 @@ def _check_functions(
     rank: int,
 ) -> None:
     """Raises unless the user's functions return what each matrix needs, without running them."""
+    shapes = set()
     for leaf, axes in matrices:
         shape = low_rank_shape(leaf.shape, axes, rank)[len(axes.batch) :]
         _check_scaling_rule(granularity, shape, wide(leaf.dtype))
-    if not keeps_state(projection):
-        sizes = {projection_shape(leaf.shape, axes, rank)[-2:] for leaf, axes in matrices}
-        for size in sorted(sizes):
-            check_projection(projection, *size)
+        *batch, rows, dim = projection_shape(leaf.shape, axes, rank)
+        stack = (*batch, dim, side(leaf.shape, axes.channel))
+        shapes.add((rows, jax.ShapeDtypeStruct(stack, leaf.dtype)))
+    for rows, matrices_of_leaf in shapes:
+        check_projection(projection, rows, matrices_of_leaf)
 
 
 def _check_scaling_rule(granularity: Granularity, shape: tuple[int, ...], dtype: Any) -> None:

@@ -25,19 +25,23 @@ STATIC_ARGUMENTS = (
 )
 
 
+# How an optimizer is called with optax.inject_hyperparams.
+_REMEDY = f"pass static_args={STATIC_ARGUMENTS}, without those that the optimizer does not have"
+
+
 def require_no_array(name: str, value: Any, allowed: str) -> None:
-    """Raises TypeError if `value` is an array, which `optax.inject_hyperparams` makes of many."""
-    if isinstance(value, jax.Array | np.ndarray):
+    """Raises TypeError for what `optax.inject_hyperparams` makes of many: an array or a boolean."""
+    if isinstance(value, jax.Array | np.ndarray | bool | np.bool_):
         raise TypeError(
-            f"{name} must be {allowed}, got an array ({value!r}). "
-            f"With optax.inject_hyperparams pass static_args={STATIC_ARGUMENTS}."
+            f"{name} must be {allowed}, got {value!r} ({type(value).__name__}). With "
+            f"optax.inject_hyperparams {_REMEDY}."
         )
 
 
 def require_positive_integer(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a static integer from 1 to 2**31 - 1."""
     require_no_array(name, value, "a static int")
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__}).")
     if not 1 <= int(value) < 2**31:
         raise ValueError(f"{name} must be an int >= 1 and < 2**31, got {value!r}.")
@@ -130,10 +134,10 @@ def require_tree_not_count(name: str, tree: Any) -> None:
     ):
         raise TypeError(
             f"{name} must get parameters, got {tree!r}. optax.inject_hyperparams calls functions "
-            f"with the step count; pass it static_args={STATIC_ARGUMENTS}."
+            f"with the step count: {_REMEDY}."
         )
 
 
 def wide(dtype: Any) -> Any:
-    """Returns the dtype to compute in: float32, or float64 for a float64 leaf."""
-    return jnp.promote_types(dtype, jnp.float32)
+    """Returns the dtype to compute in: float32, or float64 for a float64 leaf with x64."""
+    return jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))

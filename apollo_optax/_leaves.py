@@ -178,10 +178,17 @@ def require_vocabulary(vocabulary: Any) -> None:
 
 
 def require_mu_dtype(mu_dtype: Any) -> None:
-    """Raises TypeError unless `mu_dtype` is None or a floating dtype."""
-    require_no_array("mu_dtype", mu_dtype, "None or a floating dtype")
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise TypeError(f"mu_dtype must be None or a floating dtype, got {mu_dtype!r}.")
+    """Raises TypeError unless `mu_dtype` is None or a floating dtype with float32's range."""
+    allowed = "None or a floating dtype with the range of float32, such as bfloat16"
+    require_no_array("mu_dtype", mu_dtype, allowed)
+    if mu_dtype is None:
+        return
+    is_floating = jnp.issubdtype(mu_dtype, jnp.floating)
+    if not is_floating or float(jnp.finfo(mu_dtype).max) < 1e38:
+        raise TypeError(
+            f"mu_dtype must be {allowed}, got {mu_dtype!r}."
+            + (" A moment could overflow, and small ones would be zero." if is_floating else "")
+        )
 
 
 def is_full_size(shape: tuple[int, ...], axes: MatrixAxes | None) -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from apollo_optax._arguments import require_number, require_real_floating, wide
 from apollo_optax._matrices import WeightDimensionNumbers, axes_of_each_leaf
 from apollo_optax._paths import Path, lookup, named_arrays, named_leaves, nest, spell
+from apollo_optax._placement import on_automatic_axes
 
 # The published update adds this to a norm before it divides by the norm.
 NORM_EPS = 1e-8
@@ -117,18 +118,19 @@ def limit_norm_growth(
         if not named:
             return updates, state
         batch = batch_axes_of(updates, quiet=True)
-        limited, norms = [], []
+        norms = dict(named_leaves(state.norm)[0])  # a leaf without a gradient keeps its norm
+        limited = []
         for path, u in named:
             if path in batch:
                 inner = tuple(a for a in range(u.ndim) if a not in batch[path])
                 norm = jnp.sqrt(jnp.sum(jnp.square(u.astype(wide(u.dtype))), axis=inner))
                 divisor, remembered = limit_growth(norm, _norm_of(state, path), limit)
                 u = (u / jnp.expand_dims(divisor, inner)).astype(u.dtype)
-                norms.append((path, remembered))
+                norms[path] = remembered
             limited.append(u)
-        return jax.tree.unflatten(treedef, limited), LimitNormGrowthState(nest(norms))
+        return jax.tree.unflatten(treedef, limited), LimitNormGrowthState(nest(norms.items()))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return on_automatic_axes(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _norm_of(state: LimitNormGrowthState, path: Path) -> Array:

@@ -106,10 +106,13 @@ def on_automatic_axes(tx: optax.GradientTransformation) -> optax.GradientTransfo
     tx = optax.with_extra_args_support(tx)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        def call(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
-            return tx.update(updates, state, params, **extra_args)
+        functions = {name: value for name, value in extra_args.items() if callable(value)}
+        arrays = {name: value for name, value in extra_args.items() if name not in functions}
 
-        args = updates, state, params, extra_args
+        def call(updates: Any, state: Any, params: Any, arrays: Any) -> Any:
+            return tx.update(updates, state, params, **arrays, **functions)
+
+        args = updates, state, params, arrays
         return call_on_automatic_axes(call, *args, like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

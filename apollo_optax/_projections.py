@@ -189,12 +189,16 @@ def refit_projections(
 ) -> dict[Path, Array]:
     """Returns the stored projections; those that are due are recomputed from the gradients.
 
+    Where the rank is the whole side, nothing is projected: P is the identity.
+
     A gradient of zeros has no direction, so its P does not change. A P that was never computed is
     all zeros, and is computed from the first gradient that is not zero.
     """
 
     def refit(G: Array, P: Array, matrix: MatrixAxes) -> Array:
-        rank = P.shape[-2]
+        rank, dim = P.shape[-2:]
+        if rank == dim:
+            return jnp.broadcast_to(jnp.eye(dim, dtype=P.dtype), P.shape)
         matrices = matrices_of(G, matrix)
         is_zero = ~jnp.any(matrices != 0, axis=(-2, -1), keepdims=True)
         is_missing = ~jnp.any(P != 0, axis=(-2, -1), keepdims=True)
@@ -231,19 +235,27 @@ def _keys_of_matrices(
     return jax.vmap(key_of)(jnp.concatenate(hashes), jnp.concatenate(indices))
 
 
-def check_projection(draw: Projection, rank: int, dim: int) -> None:
-    """Checks what `draw` returns, without running it.
+def check_projection(
+    projection: Callable[..., Array], rank: int, matrices: jax.ShapeDtypeStruct
+) -> None:
+    """Checks what a projection of `matrices`, (*batch, dim, channels), returns; nothing runs.
 
     Raises:
-      TypeError: If `draw` returns another dtype than float32, or no array.
-      ValueError: If `draw` returns another shape than `(rank, dim)`.
+      TypeError: If `projection` returns another dtype than float32, or no array.
+      ValueError: If `projection` returns another shape than `(rank, dim)`, with the batch axes in
+        front if it is a function of the gradient.
     """
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    P = jax.eval_shape(lambda k, refresh: draw(k, refresh, rank, dim), key, jnp.int32(0))
-    name = getattr(draw, "__name__", repr(draw))
+    *batch, dim, _ = matrices.shape
+    if keeps_state(projection):
+        expected = (*batch, rank, dim)
+        P = jax.eval_shape(lambda G: projection(G, rank), matrices)
+    else:
+        expected = (rank, dim)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        P = jax.eval_shape(lambda k, refresh: projection(k, refresh, rank, dim), key, jnp.int32(0))
+    name = getattr(projection, "__name__", repr(projection))
     if getattr(P, "dtype", None) != jnp.float32:
         raise TypeError(f"projection {name} must return a float32 array, got {P!r}.")
-    if P.shape != (rank, dim):
-        raise ValueError(
-            f"projection {name} must return shape (rank, dim) = {(rank, dim)}, got {P.shape}."
-        )
+    if P.shape != expected:
+        what = "(*batch, rank, dim)" if batch else "(rank, dim)"
+        raise ValueError(f"projection {name} must return shape {what} = {expected}, got {P.shape}.")

@@ -214,6 +214,22 @@ def test_state_of_any_chain_is_placed_and_stays_there(name, axis_type):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), leaf.shape
 
 
+def test_norms_of_layers_and_arguments_that_are_functions_on_an_explicit_mesh():
+    mesh = mesh_of(AxisType.Explicit, fsdp=8)
+    grads = {"layers": jax.device_put(jnp.ones((8, 4, 16)), NamedSharding(mesh, P("fsdp")))}
+    tx = optax.chain(
+        scale_by_apollo(2, weight_dimension_numbers=DENSE),
+        limit_norm_growth(1.01, weight_dimension_numbers=DENSE),
+    )
+    state = jax.device_put(tx.init(grads), state_shardings(tx, grads))
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            update, state = jax.jit(lambda g, s: tx.update(g, s, value_fn=jnp.sum))(grads, state)
+    assert trimmed(jax.typeof(update["layers"]).sharding.spec) == ("fsdp",)
+    assert jnp.all(jnp.isfinite(update["layers"]))
+    assert state[1].norm["layers"].shape == (8,)
+
+
 @AXIS_TYPES
 def test_eager_init_places_the_state_by_itself(axis_type):
     mesh = mesh_of(axis_type, fsdp=8)

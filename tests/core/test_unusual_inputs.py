@@ -281,9 +281,14 @@ def test_a_function_of_the_parameters_refuses_a_step_count():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("mu_dtype", jnp.bfloat16), ("mask", lambda params: jnp.asarray(False))]
+    ("name", "value"),
+    [
+        ("mu_dtype", jnp.bfloat16),
+        ("mask", lambda params: jnp.asarray(False)),
+        ("mask", lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)),
+    ],
 )
-def test_what_injection_made_an_array_of_is_refused_with_the_remedy(name, value):
+def test_what_injection_made_of_an_argument_is_refused_with_the_remedy(name, value):
     params = {"kernel": normal(8, 16)}
     for alias, static in ((apollo, ("rank", "update_proj_gap")), (apollo_optax.swan, ())):
         make = optax.inject_hyperparams(alias, static_args=static)
@@ -363,3 +368,45 @@ def test_a_projection_of_ones_own_may_keep_state():
         _, state = jax.jit(tx.update)({"w": jnp.full((4, 8), sign)}, state)
         kept.append(np.asarray(state.projection["w"]))
     np.testing.assert_array_equal(kept, [np.eye(2, 4), np.eye(2, 4), -np.eye(2, 4)])
+
+
+@pytest.mark.parametrize("rows", ["all", "one", "bfloat16"])
+def test_what_a_projection_with_state_returns_is_checked_at_init(rows):
+    def first_rows(G, rank):
+        if rows == "all":
+            return G
+        return G[..., :1, : G.shape[-2]] if rows == "one" else jnp.eye(rank, 4, dtype=jnp.bfloat16)
+
+    first_rows.keeps_state = True  # type: ignore[attr-defined]
+    with pytest.raises((TypeError, ValueError), match=r"projection first_rows must return"):
+        scale_by_apollo(2, projection=first_rows).init({"w": jnp.ones((4, 8))})
+
+
+def test_nothing_is_projected_by_svd_where_the_rank_is_the_whole_side():
+    grads = {"kernel": normal(8, 16)}
+    by_svd, plain = (scale_by_apollo(8, projection=projection) for projection in (svd, None))
+    update, _ = by_svd.update(grads, by_svd.init(grads))
+    expected, _ = plain.update(grads, plain.init(grads))
+    np.testing.assert_array_equal(update["kernel"], expected["kernel"])
+
+
+def test_the_limiter_keeps_the_norm_of_a_leaf_without_a_gradient():
+    tx = limit_norm_growth(1.01)
+    grads = {"a": jnp.ones(4), "b": jnp.ones(4)}
+    _, state = tx.update(grads, tx.init(grads))
+    _, state = tx.update({"a": grads["a"], "b": None}, state)
+    update, _ = tx.update({"a": grads["a"], "b": 10 * grads["b"]}, state)
+    np.testing.assert_allclose(update["b"], 1.01, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn, jnp.int32])
+def test_moments_of_a_small_range_are_refused(dtype):
+    with pytest.raises(TypeError, match=r"mu_dtype must be .* range of float32.*got"):
+        apollo(0.1, mu_dtype=dtype)
+
+
+def test_float64_of_numpy_is_float32_without_a_warning():
+    params = {"kernel": np.ones((8, 16))}
+    with warnings.catch_warnings(action="error"):
+        state = scale_by_apollo(2).init(params)
+    assert state.mu["kernel"].dtype == jnp.float32
