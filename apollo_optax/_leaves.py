@@ -199,7 +199,17 @@ def is_full_size(shape: tuple[int, ...], axes: MatrixAxes | None) -> bool:
 def warn_of_whole_moments(
     named: list[tuple[Path, Any]], axes: dict[Path, MatrixAxes | None], vocabulary: Vocabulary
 ) -> None:
-    """Warns once of leaves that are too narrow to be factored, if their moments are large."""
+    """Warns once if no leaf is a matrix, or if leaves too narrow to be factored are large."""
+    weights = sum(leaf.size for _, leaf in named)
+    if vocabulary == "adam" and not any(axes.values()) and weights >= MANY_WEIGHTS:
+        path, leaf = max(named, key=lambda item: item[1].size)
+        warnings.warn(
+            f"No leaf is a matrix: all {weights:,} weights, such as {spell(path)} "
+            f"{tuple(leaf.shape)}, keep Adam's two moments, and no memory is saved. Give the "
+            f"matrices dimension numbers, for example with infer_dimension_numbers. "
+            f"optax.flatten makes one vector of all matrices, so leave it out.",
+            stacklevel=4,
+        )
     left = [
         (path, leaf)
         for path, leaf in named

@@ -246,7 +246,9 @@ def _named(
         return Named(_DENSE if vocabulary and axes == 2 else None)
     if name in _EINSUMS or (module in _EINSUMS and name == "w"):
         spec = _EINSUMS[name if name in _EINSUMS else module]
-        return Named(spec) if axes > 2 or spec is _DENSE else _UNKNOWN
+        if "gating_einsum" in names[-2:] and _is_out_by_in(names, shape, shapes):
+            spec = ApolloDimensionNumbers(-1, -2)
+        return _UNKNOWN if axes == 2 and spec in (_HEADS_FIRST, _OUT_OF_HEADS) else Named(spec)
     if name in _PLAIN:
         if axes == 2:
             return Named(_PLAIN[name], certain=False)
@@ -271,6 +273,12 @@ def _may_be_matrices(batch: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
     """Whether a kernel may be (experts, in, out): no window, and not (in, heads, head_dim)."""
     is_window = len(batch) > 1 and max(batch) <= LARGEST_WINDOW
     return not is_window and all(size <= min(matrix) for size in batch)
+
+
+def _is_out_by_in(names: Path, shape: tuple[int, ...], shapes: dict[Path, tuple[int, ...]]) -> bool:
+    """Whether Gemma's gates are (hidden, embed): `linear` beside them is, in all versions."""
+    linear = shapes.get(tuple("linear" if name == "gating_einsum" else name for name in names))
+    return linear is not None and shape[-2] != shape[-1] and shape[-2:] == linear[-2:]
 
 
 def _is_no_matrix(name: str) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from apollo_optax import ApolloDimensionNumbers, apollo, transformer_dimension_numbers
@@ -161,6 +162,15 @@ def test_layers_may_be_on_another_axis():
     }
 
 
+@pytest.mark.parametrize("leaf", ["gating_einsum", "gating_einsum__w"])
+def test_the_gates_of_gemma_are_read_beside_its_linear(leaf):
+    linear = leaf.replace("gating_einsum", "linear")
+    for gates, reduction in (((2, 64, 128), -2), ((2, 128, 64), -1)):
+        params = tree(**{f"mlp__{leaf}": gates, f"mlp__{linear}": (128, 64)})
+        found = lookup(transformer_dimension_numbers(params), ("mlp", *leaf.split("__")))
+        assert found.reduction_axis == reduction
+
+
 def test_weights_of_pytorch_are_out_by_in_also_stacked():
     params = tree(
         layers__attn__q_proj__weight=(12, 96, 64),
@@ -180,7 +190,7 @@ UNKNOWN = {
         attn__q_proj__kernel=(64, 12, 4), attn__o_proj__kernel=(4, 12, 64)
     ),
     "queries of another name": tree(attn__to_q__kernel=(512, 8, 64)),
-    "stacked queries of another name": tree(layers__to_q__kernel=(12, 512, 8, 64)),
+    "stacked queries of another name": tree(layers__to_q__kernel=(12, 128, 8, 64)),
     "convolutions of another name": tree(stem__kernel=(3, 3, 64, 64)),
     "a table": tree(table=(100, 64)),
 }
@@ -213,6 +223,14 @@ def test_a_rank_that_saves_nothing_is_said():
         jax.eval_shape(tx.init, params)
     with warnings.catch_warnings(action="error"):
         jax.eval_shape(apollo(0.01, 8, weight_dimension_numbers=wide).init, params)
+
+
+def test_a_model_without_a_matrix_is_said():
+    params = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+    with pytest.warns(UserWarning, match=r"No leaf is a matrix: all 1,048,576 weights"):
+        jax.eval_shape(optax.flatten(apollo(0.01, 4)).init, params)
+    with warnings.catch_warnings(action="error"):
+        jax.eval_shape(apollo(0.01, 4).init, params)
 
 
 def test_paths_that_read_the_same_keep_their_own_shapes():

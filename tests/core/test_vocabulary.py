@@ -145,7 +145,10 @@ def test_the_vocabulary_has_a_learning_rate_of_its_own(make, rule):
 
 @pytest.mark.parametrize("make", [scale_by_apollo, scale_by_swan])
 def test_a_large_leaf_too_narrow_for_the_rule_is_warned_of(make):
-    params = {"embed": jax.ShapeDtypeStruct((20_000, 64), jnp.float32)}
+    params = {
+        "embed": jax.ShapeDtypeStruct((20_000, 64), jnp.float32),
+        "kernel": jax.ShapeDtypeStruct((64, 512), jnp.float32),
+    }
     with pytest.warns(UserWarning, match=r"embed \(20000, 64\) .* keep Adam's two moments"):
         jax.eval_shape(make(vocabulary="factored").init, params)
     jax.eval_shape(make(vocabulary="adam").init, params)  # as asked for: no warning
