@@ -4,6 +4,7 @@ The forms are those of Hugging Face's TRL: `messages`, or `prompt` and `completi
 or as messages: https://huggingface.co/docs/trl/dataset_formats.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,9 +214,10 @@ class ChatTemplate:
     Args:
       source: The template.
       tokens: What it knows besides the messages, such as `bos_token`.
+      file: The name of its file, for errors.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str]):
+    def __init__(self, source: str, tokens: Mapping[str, str], file: str):
         import jinja2.sandbox
 
         def raise_exception(message: str) -> None:
@@ -233,11 +235,11 @@ class ChatTemplate:
             "raise_exception": raise_exception,
             **tokens,
         }
-        self._error = jinja2.TemplateError
+        self._file = file
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template cannot be read: {error}") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ValueError(f"the chat template in {file} cannot be read: {error}") from error
 
     @classmethod
     def of_files(cls, template: bytes | None, settings: bytes | None) -> "ChatTemplate | None":
@@ -248,23 +250,37 @@ class ChatTemplate:
           settings: That of `tokenizer_config.json`.
 
         Raises:
-          ValueError: If the settings are not JSON, or the template cannot be read.
+          ValueError: If the settings are no JSON object, or the template cannot be read.
         """
         try:
             known = json.loads(settings) if settings else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer_config.json is not JSON: {error}") from error
-        source = template.decode() if template else known.get("chat_template")
+        if not isinstance(known, dict):
+            raise ValueError(
+                f"tokenizer_config.json holds a JSON {type(known).__name__}; it should be an object"
+            )
+        file = "chat_template.jinja" if template else "tokenizer_config.json"
+        try:
+            source = template.decode() if template else known.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
         if isinstance(source, list):  # several, by name
-            source = {each["name"]: each["template"] for each in source}.get("default")
+            with contextlib.suppress(TypeError, KeyError):  # a list of another form is refused
+                source = {each["name"]: each["template"] for each in source}.get("default")
         if source is None:
             return None
+        if not isinstance(source, str):
+            raise ValueError(
+                f"chat_template in {file} is {json.dumps(source)[:80]}; it should be a string, or "
+                'a list of {"name": "...", "template": "..."}'
+            )
         tokens = {}
         for name, token in known.items():
             token = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(token, str):
                 tokens[name] = token
-        return cls(source, tokens)
+        return cls(source, tokens, file)
 
     def segments(self, example: Example) -> list[tuple[str, bool]]:
         """Returns the text in parts, each with whether it is trained on.
@@ -294,8 +310,11 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool) -> str:
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt)
-        except (self._error, TypeError) as error:
-            raise ValueError(f"{where}: the chat template refuses this: {error}") from error
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ValueError(
+                f"{where}: the chat template in {self._file} refuses this: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def encode_example(

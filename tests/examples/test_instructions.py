@@ -157,8 +157,12 @@ def test_messages_without_a_template_are_answered_with_the_remedy() -> None:
 @pytest.mark.parametrize(
     ("source", "match"),
     [
-        ("{% for %}", "the chat template cannot be read"),
-        ("{{ raise_exception('no system') }}", "line 1: the chat template refuses this: no system"),
+        ("{% for %}", r"the chat template in chat_template\.jinja cannot be read"),
+        ("{{ " + "(" * 9000, r"the chat template in chat_template\.jinja cannot be read"),
+        ("{{ raise_exception('no system') }}", r"line 1: .* in chat_template\.jinja .*: no system"),
+        ("{{ messages|length // 0 }}", r"chat_template\.jinja refuses this: ZeroDivisionError: "),
+        ("{{ 10.0 ** 999 }}", r"chat_template\.jinja refuses this: OverflowError: "),
+        ("{{ 'a'.index('b') }}", "refuses this: ValueError: substring not found"),
         ("{{ messages|length }}{{ messages[-1].content }}", "writes the beginning of this conver"),
     ],
 )
@@ -184,9 +188,26 @@ def test_an_example_reads_the_same_on_another_day() -> None:
     assert text.startswith("26 Jul 2024<user>hi#")
 
 
-def test_settings_that_are_not_json_are_named() -> None:
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
-        ChatTemplate.of_files(None, b"{")
+@pytest.mark.parametrize(
+    ("template", "settings", "match"),
+    [
+        (None, b"{", r"tokenizer_config\.json is not JSON"),
+        (None, b"[" * 200_000, r"tokenizer_config\.json is not JSON"),
+        (None, b"[]", r"tokenizer_config\.json holds a JSON list; it should be an object"),
+        (None, b'{"chat_template": 5}', r"chat_template in tokenizer_config\.json is 5; it should"),
+        (
+            None,
+            b'{"chat_template": [{"template": "a"}]}',
+            r'is \[{"template": "a"}\]; it should be',
+        ),
+        (b"\xff", None, r"chat_template\.jinja is not UTF-8 text"),
+    ],
+)
+def test_files_of_another_form_are_named(
+    template: bytes | None, settings: bytes | None, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        ChatTemplate.of_files(template, settings)
 
 
 def test_the_digest_changes_with_where_an_example_ends() -> None:
