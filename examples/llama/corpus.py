@@ -192,7 +192,7 @@ def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def _json_object(line: bytes, where: str) -> tuple[dict[str, Any], str]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); expected one object a line") from error
     if not isinstance(row, dict):
         raise ValueError(f'{where}: a {type(row).__name__}; expected an object with a "text" field')

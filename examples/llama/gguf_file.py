@@ -13,9 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-__all__ = ["SUFFIX", "GgufFile"]
-
-SUFFIX = ".gguf"
+__all__ = ["GgufFile", "is_gguf"]
 
 _TENSOR_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -55,6 +53,11 @@ _LLAMA3_WORDS = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is named as one of GGUF."""
+    return path.suffix.lower() == ".gguf"
 
 
 class GgufFile:
@@ -172,6 +175,10 @@ class GgufFile:
                 raise ValueError(
                     f"{self.path}: {name} differs between layers; supported is one for all"
                 )
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(
+                    f"{self.path}: llama.{_SETTINGS[name]} is {value!r}; it should be positive"
+                )
         # Stored as float32, such as 0.00001 as 0.000009999999747.
         settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.7g}")
         settings["rope_theta"] = float(f"{settings['rope_theta']:.7g}")
@@ -228,6 +235,18 @@ class GgufFile:
             )
         merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
         vocabulary = {token: number for number, token in enumerate(tokens)}
+        for merge in merges:
+            if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+                raise ValueError(
+                    f"{self.path}: tokenizer.ggml.merges has {' '.join(merge)!r}; a merge is of "
+                    "two tokens, with a space between them, that are a token together"
+                )
+        kinds = self._field("tokenizer.ggml.token_type", [1] * len(tokens))
+        if len(kinds) != len(tokens):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.token_type has {len(kinds)} types for {len(tokens)} "
+                "tokens; each token has one"
+            )
         is_llama3 = words == "llama-bpe"
         tokenizer = tokenizers.Tokenizer(
             models.BPE(vocab=vocabulary, merges=merges, ignore_merges=is_llama3)
@@ -240,7 +259,6 @@ class GgufFile:
         bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_llama3)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, bytewise])
         tokenizer.decoder = decoders.ByteLevel()
-        kinds = self._field("tokenizer.ggml.token_type", [1] * len(tokens))
         for kind, add in (
             (_CONTROL, tokenizer.add_special_tokens),
             (_USER_DEFINED, tokenizer.add_tokens),

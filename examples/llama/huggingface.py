@@ -8,6 +8,7 @@ and (in, out).
 
 import functools
 import json
+import math
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -22,8 +23,7 @@ from jaxtyping import Array
 
 from examples.llama import hub
 from examples.llama.config import LlamaConfig, RopeScaling
-from examples.llama.gguf_file import SUFFIX as GGUF
-from examples.llama.gguf_file import GgufFile
+from examples.llama.gguf_file import GgufFile, is_gguf
 from examples.llama.model import Params, init_params
 from examples.llama.safetensors_file import FLOATS, Tensor, write_safetensors
 from examples.llama.train import unchanged
@@ -58,6 +58,8 @@ _ONLY_SUPPORTED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+_CONTEXT = "max_position_embeddings"
+_REQUIRED: Any = object()
 
 
 class StoredModel(NamedTuple):
@@ -85,7 +87,7 @@ def checkpoint_file(checkpoint: Path, name: str) -> bytes | None:
         The content; None if there is no such file.
     """
     folder = _local(checkpoint)
-    if folder.suffix == GGUF:
+    if is_gguf(folder):
         file = GgufFile(folder)
         return file.tokenizer() if name == "tokenizer.json" else file.files().get(name)
     path = folder / name
@@ -109,7 +111,7 @@ def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
             dtype = _check_tensor(stored, leaf_name, expected, layer)
             if leaf_name == "embed.embedding":
                 embedding_dtype = dtype
-    return StoredModel(config, embedding_dtype, stored.settings.get("max_position_embeddings"))
+    return StoredModel(config, embedding_dtype, stored.settings.get(_CONTEXT))
 
 
 def describe_shape(checkpoint: str | os.PathLike[str]) -> tuple[LlamaConfig, str | None]:
@@ -125,7 +127,7 @@ def describe_shape(checkpoint: str | os.PathLike[str]) -> tuple[LlamaConfig, str
         ValueError: if there is no configuration, or its sizes are not those of LLaMA's blocks.
     """
     path = _local(checkpoint, ("config.json",))
-    if path.suffix == GGUF:
+    if is_gguf(path):
         settings = GgufFile(path).settings
     else:
         settings = _read_json(path if path.suffix == ".json" else path / "config.json")
@@ -134,7 +136,7 @@ def describe_shape(checkpoint: str | os.PathLike[str]) -> tuple[LlamaConfig, str
         for field, supported in _ONLY_SUPPORTED.items()
         if settings.get(field, supported) != supported
     }
-    config = _config_from_settings({**settings, **_ONLY_SUPPORTED})
+    config = _config_from_settings(path, {**settings, **_ONLY_SUPPORTED})
     named = ", ".join(f"{field} {value!r}" for field, value in others.items())
     return config, named or None
 
@@ -288,14 +290,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; a LLaMA checkpoint is a folder that has it.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; it should be an object.")
     return content
 
 
-def _config_from_settings(settings: dict[str, Any]) -> LlamaConfig:
+def _config_from_settings(checkpoint: Path, settings: dict[str, Any]) -> LlamaConfig:
+    try:
+        return _checked_config(settings)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+
+
+def _checked_config(settings: dict[str, Any]) -> LlamaConfig:
     for field, supported in _ONLY_SUPPORTED.items():
         given = settings.get(field, supported)
         if given != supported:
@@ -309,9 +318,9 @@ def _config_from_settings(settings: dict[str, Any]) -> LlamaConfig:
         intermediate_size=_number(settings, "intermediate_size"),
         num_layers=_number(settings, "num_hidden_layers"),
         num_heads=_number(settings, "num_attention_heads"),
-        num_kv_heads=settings.get("num_key_value_heads") or 0,
+        num_kv_heads=_number(settings, "num_key_value_heads", default=None) or 0,
         rope_theta=theta,
-        rms_norm_eps=settings.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=_number(settings, "rms_norm_eps", float, default=1e-6),
         rope_scaling=scaling,
         tied=bool(settings.get("tie_word_embeddings", False)),
     )
@@ -320,15 +329,24 @@ def _config_from_settings(settings: dict[str, Any]) -> LlamaConfig:
             f"head_dim in config.json is {settings['head_dim']}; supported is hidden_size / "
             f"num_attention_heads, here {config.head_dim}."
         )
+    _number(settings, _CONTEXT, default=None)
     return config
 
 
-def _number(settings: dict[str, Any], field: str, kind: type = int) -> Any:
-    if field not in settings:
+def _number(
+    settings: dict[str, Any], field: str, kind: type = int, *, default: Any = _REQUIRED
+) -> Any:
+    """Returns a positive number; null is allowed if `default` is None."""
+    value = settings.get(field, default)
+    if value is _REQUIRED:
         raise ValueError(f"config.json has no {field}; this kind of checkpoint needs it.")
-    value = settings[field]
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        raise ValueError(f"{field} in config.json is {value!r}; it should be {kind.__name__}.")
+    if value is None and default is None:
+        return None
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf):
+        raise ValueError(
+            f"{field} in config.json is {value!r}; it should be a positive {kind.__name__}."
+        )
     return value
 
 
@@ -336,7 +354,11 @@ def _rope_from_settings(settings: dict[str, Any]) -> tuple[float, RopeScaling | 
     # transformers 5 moved rope_theta and rope_scaling into rope_parameters.
     field = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
     rope = settings.get(field) or {}
-    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
+    if not isinstance(rope, dict):
+        raise ValueError(f"{field} in config.json is {rope!r}; it should be an object or null.")
+    theta = _number(
+        rope if "rope_theta" in rope else settings, "rope_theta", float, default=10_000.0
+    )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, None
@@ -373,7 +395,7 @@ def _settings_from_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     }
     scaling = config.rope_scaling
     if scaling is not None:
-        settings["max_position_embeddings"] = int(scaling.factor * scaling.original_context)
+        settings[_CONTEXT] = int(scaling.factor * scaling.original_context)
         settings["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -401,7 +423,13 @@ class _Folder:
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Returns a tensor's shape, and its dtype as safetensors names it."""
         with _open(self._file_of[name]) as tensors:
-            header = tensors.get_slice(name)
+            try:
+                header = tensors.get_slice(name)
+            except safetensors.SafetensorError as error:
+                raise ValueError(
+                    f"{self._file_of[name]} has no tensor {name}, but the checkpoint's index lists "
+                    "it there."
+                ) from error
         return tuple(header.get_shape()), header.get_dtype()
 
     def read(self, name: str) -> np.ndarray:
@@ -432,8 +460,8 @@ def _open_checkpoint(
     checkpoint: str | os.PathLike[str],
 ) -> tuple[LlamaConfig, "_Folder | GgufFile"]:
     path = _local(checkpoint)
-    stored = GgufFile(path) if path.suffix == GGUF else _Folder(path)
-    return _config_from_settings(stored.settings), stored
+    stored = GgufFile(path) if is_gguf(path) else _Folder(path)
+    return _config_from_settings(path, stored.settings), stored
 
 
 def _check_tensor(
@@ -481,9 +509,14 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(tensors.keys(), single)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = _read_json(index).get("weight_map", {})
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict):
+            raise ValueError(
+                f"weight_map in {index} is a JSON {type(files).__name__}; it should be an object "
+                "of the names of files, by those of tensors."
+            )
         for file in files.values():
-            if Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"{index} lists {file!r}; expected names of files beside it.")
         return {name: folder / file for name, file in files.items()}
     raise ValueError(

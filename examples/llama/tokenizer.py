@@ -237,6 +237,8 @@ def read_tokenizer(content: bytes, name: str) -> Tokenizer:
         raise ValueError(
             f"tokenizer {name!r}: not a tokenizer.json of Hugging Face's tokenizers: {error}"
         ) from error
+    if not tokenizer.get_vocab():
+        raise ValueError(f"tokenizer {name!r}: its vocabulary is empty; expected {_EXPECTED}")
     if tokenizer.get_vocab() == _byte_vocabulary():
         return ByteTokenizer()
     tokenizer.no_truncation()

@@ -215,6 +215,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     ("line", "message"),
     [
         ("{", r"line 2: not JSON"),
+        ("[" * 200_000, r"line 2: not JSON"),
         ("[1]", r"line 2: a list; expected an object"),
         ('{"body": "b", "a": 1}', r"line 2: no \"text\" field; the fields are \['a', 'body'\]"),
         ('{"text": 3}', r"line 2: \"text\" is a int; expected a string"),

@@ -14,6 +14,7 @@ from examples.llama.config import LlamaConfig, RopeScaling
 from examples.llama.huggingface import (
     checkpoint_file,
     describe_llama,
+    describe_shape,
     load_llama,
     save_llama,
 )
@@ -70,7 +71,7 @@ def write_gguf(
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
+    writer.add_head_count(fields.get("heads", config.num_heads))
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
@@ -80,8 +81,8 @@ def write_gguf(
     writer.add_tokenizer_pre(fields.get("pre", "smollm"))
     tokens = [*byte_tokens(), "he", "12", "<|im_start|>", "<|im_end|>", "<user>", "Ġa"]
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 258 + [3, 3, 4, 1])
-    writer.add_token_merges(["h e", "1 2", "Ġ a"])
+    writer.add_token_types(fields.get("types", [1] * 258 + [3, 3, 4, 1]))
+    writer.add_token_merges(fields.get("merges", ["h e", "1 2", "Ġ a"]))
     writer.add_bos_token_id(258)
     writer.add_eos_token_id(259)
     writer.add_chat_template(TEMPLATE)
@@ -146,6 +147,12 @@ def test_a_float_gguf_file_is_read_bit_for_bit(tmp_path: Path, config: LlamaConf
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
+def test_the_suffix_is_read_in_any_case(file: Path) -> None:
+    renamed = file.rename(file.with_name("MODEL.GGUF"))
+    assert describe_llama(renamed).config == describe_shape(renamed)[0] == CONFIG
+    assert checkpoint_file(renamed, "tokenizer.json") is not None
+
+
 def test_a_quantized_gguf_file_is_read_to_half_a_step(tmp_path: Path) -> None:
     params = random_params(CONFIG)
     write_gguf(tmp_path / "model.gguf", CONFIG, params, quantized=Q8_0)
@@ -196,6 +203,7 @@ def test_a_gguf_file_is_saved_as_a_folder_with_its_template(file: Path, tmp_path
     [
         ({"architecture": "gemma"}, "architecture 'gemma'; supported is 'llama' alone"),
         ({"without_table": True}, "has no tensor token_embd.weight; a LLaMA model has it"),
+        ({"heads": 0}, r"model\.gguf: llama\.attention\.head_count is 0; it should be positive"),
         ({"bias": True}, "has a bias, blk.0.attn_q.bias; supported are models without biases"),
         ({"rope_scaling": "linear"}, "rotary scaling is 'linear'; supported are none and"),
         ({"rope_factors": np.full(8, 2.0, np.float32)}, "rope_freqs.weight are not those of LLaMA"),
@@ -209,9 +217,21 @@ def test_what_llama_does_not_have_is_named(
         describe_llama(tmp_path / "model.gguf")
 
 
-def test_a_tokenizer_of_another_kind_is_named_with_the_remedy(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", CONFIG, random_params(CONFIG), tokenizer="llama")
-    with pytest.raises(ValueError, match=r"the tokenizer is 'llama'.*Give --tokenizer"):
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"tokenizer": "llama"}, "the tokenizer is 'llama'.*Give --tokenizer"),
+        ({"merges": ["h e x"]}, r"model\.gguf: tokenizer\.ggml\.merges has 'h e x'; a merge is of"),
+        ({"merges": ["h e", "h"]}, "merges has 'h'; a merge is of two tokens"),
+        ({"merges": ["h x"]}, "merges has 'h x'; .* that are a token together"),
+        ({"types": [1]}, r"model\.gguf: tokenizer\.ggml\.token_type has 1 types for 262 tokens"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_named_with_the_remedy(
+    tmp_path: Path, fields: dict[str, Any], match: str
+) -> None:
+    write_gguf(tmp_path / "model.gguf", CONFIG, random_params(CONFIG), **fields)
+    with pytest.raises(ValueError, match=match):
         checkpoint_file(tmp_path / "model.gguf", "tokenizer.json")
 
 

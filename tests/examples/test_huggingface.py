@@ -176,11 +176,13 @@ def test_tensors_that_llama_does_not_need_are_left_alone(folder):
     assert_equal_params(load_llama(folder)[1], random_params(GROUPED))
 
 
-def test_absent_optional_settings_are_those_of_transformers(folder):
+@pytest.mark.parametrize("key_value_heads", [..., None])
+def test_absent_optional_settings_are_those_of_transformers(folder, key_value_heads):
     params = random_params(dataclasses.replace(GROUPED, num_kv_heads=4))
     save_llama(folder, dataclasses.replace(GROUPED, num_kv_heads=4), params)
     absent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "hidden_act")
-    change_settings(folder, **dict.fromkeys(absent, ...))
+    left_out = dict.fromkeys(absent, ...)
+    change_settings(folder, **left_out | {"num_key_value_heads": key_value_heads})
     config, _ = load_llama(folder)
     assert (config.num_kv_heads, config.rms_norm_eps, config.rope_theta) == (4, 1e-6, 10_000.0)
 
@@ -247,12 +249,21 @@ def test_parameters_are_converted_one_tensor_at_a_time_and_placed(folder):
     ("changes", "message"),
     [
         ({"hidden_size": ...}, "config.json has no hidden_size"),
-        ({"num_hidden_layers": "3"}, "num_hidden_layers in config.json is '3'; it should be int"),
+        ({"num_hidden_layers": "3"}, "config.json is '3'; it should be a positive int"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads in config.json is '2'; it should be"),
+        ({"num_key_value_heads": [2]}, r"num_key_value_heads in config.json is \[2\]"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads in config.json is 0"),
+        ({"rope_theta": "10000"}, "rope_theta in config.json is '10000'; .* a positive float"),
+        ({"rope_theta": None}, "rope_theta in config.json is None"),
+        ({"rms_norm_eps": None}, "rms_norm_eps in config.json is None"),
+        ({"max_position_embeddings": "2048"}, "checkpoint: max_position_.* is '2048'"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings in config.json is -5"),
+        ({"rope_scaling": "llama3"}, "rope_scaling .* is 'llama3'; it should be an object or null"),
         ({"model_type": "mistral"}, "model_type in config.json is 'mistral'.*'llama' alone"),
         ({"hidden_act": "gelu"}, "hidden_act in config.json is 'gelu'"),
         ({"attention_bias": True}, "attention_bias in config.json is True"),
         ({"head_dim": 8}, "head_dim in config.json is 8.* here 4"),
-        ({"num_attention_heads": 3}, "hidden_size 16 is not divisible by num_heads 3"),
+        ({"num_attention_heads": 3}, "checkpoint: hidden_size 16 is not divisible by num_heads 3"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .* type 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters .* type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "config.json has no factor"),
@@ -301,6 +312,25 @@ def test_a_missing_shard_is_refused_by_name(folder):
         load_llama(folder)
 
 
+def test_a_shard_without_a_tensor_that_the_index_lists_is_refused_by_name(folder):
+    shard(folder)
+    file = folder / "model-00002-of-00002.safetensors"
+    save_file({"other": np.ones(2)}, file)
+    with pytest.raises(ValueError, match=r"00002\.safetensors has no tensor .*index lists"):
+        describe_llama(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [([], r"weight_map in .*index\.json is a JSON list"), ({"a": 3}, r"index\.json lists 3;")],
+)
+def test_an_index_of_another_form_is_refused(folder, files, match):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(ValueError, match=match):
+        describe_llama(folder)
+
+
 def test_a_truncated_file_is_refused_by_name(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -308,7 +338,7 @@ def test_a_truncated_file_is_refused_by_name(folder):
         load_llama(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000], ids=lambda text: text[:2])
 def test_a_configuration_that_is_no_json_object_is_refused(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds a JSON list)"):

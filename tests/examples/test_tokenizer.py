@@ -143,6 +143,12 @@ def test_missing_file_is_refused_with_what_is_expected():
         load_tokenizer("byte")
 
 
+def test_file_with_an_empty_vocabulary_is_refused_by_name(tmp_path):
+    tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "empty.json"))
+    with pytest.raises(ValueError, match=r"empty\.json': its vocabulary is empty; expected bytes"):
+        load_tokenizer(str(tmp_path / "empty.json"))
+
+
 @pytest.mark.parametrize("content", ["", "no json", json.dumps({"version": "1.0"})])
 def test_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
