@@ -46,6 +46,7 @@ __all__ = [
     "RunSettings",
     "TrainingOptions",
     "check_options",
+    "check_step_options",
     "compared_optimizers",
     "resolve",
 ]
@@ -318,34 +319,49 @@ def check_options(config: PretrainConfig) -> None:
     Raises:
       ValueError: If a value is out of range, or cannot be combined with another.
     """
-    check_ranges(config)
-    model = config.model
-    if model.load is not None and (model.name, model.preset) != ("nano", "none"):
-        flag = "--preset" if model.preset != "none" else "--model"
-        raise ValueError(
-            f"{flag} chooses a new model, and --load {model.load} brings one; leave {flag} out, or "
-            "--load"
-        )
-    names = compared_optimizers(config)
+    check_step_options(config)
     if config.compare is not None and config.optimizer.name is not None:
         raise ValueError(
             f"--optimizer {config.optimizer.name} is one optimizer, and --compare names those of "
             "the runs; leave one of the two out"
+        )
+    if config.output.allow_changes and not config.output.resume:
+        raise ValueError("--allow-changes is for a run that continues; add --resume")
+    lora = f"--lora {config.training.lora}"
+    if config.training.lora and config.model.load is None:
+        raise ValueError(f"{lora} trains beside the weights of a loaded model; add --load")
+    if config.training.lora and config.processes.mesh is not None:
+        raise ValueError(f"{lora} trains on one device; leave --mesh out, or --lora")
+
+
+def check_step_options(
+    config: PretrainConfig, *, default_model: ModelName = ModelOptions.name
+) -> None:
+    """Checks what `plan` has of the command line too.
+
+    Args:
+      config: The command line.
+      default_model: The name of the model if none is given.
+
+    Raises:
+      ValueError: As `check_options`.
+    """
+    check_ranges(config)
+    model = config.model
+    if model.load is not None and (model.name, model.preset) != (default_model, "none"):
+        flag = "--preset" if model.preset != "none" else "--model"
+        raise ValueError(
+            f"{flag} chooses a new model, and --load {model.load} brings one; leave {flag} out, or "
+            "--load"
         )
     if config.optimizer.project_embeddings and config.optimizer.vocabulary is not None:
         raise ValueError(
             f"--vocabulary {config.optimizer.vocabulary} is a rule for embeddings that are not "
             "projected, and --project-embeddings projects them; leave one of the two out"
         )
-    if config.output.allow_changes and not config.output.resume:
-        raise ValueError("--allow-changes is for a run that continues; add --resume")
     if config.training.remat and config.training.update == "layerwise":
         raise ValueError("--update layerwise always recomputes activations; leave --remat out")
-    lora = f"--lora {config.training.lora}"
-    if config.training.lora and model.load is None:
-        raise ValueError(f"{lora} trains beside the weights of a loaded model; add --load")
-    if config.training.lora and config.processes.mesh is not None:
-        raise ValueError(f"{lora} trains on one device; leave --mesh out, or --lora")
+    names = compared_optimizers(config)
     for setting, users in OPTIONS_OF.items():
         given = getattr(config.optimizer, setting)
         is_given = given is not None and given is not False

@@ -27,6 +27,7 @@ from examples.llama.options import (
     RunSettings,
     TrainingOptions,
     Weights,
+    check_step_options,
     resolve,
 )
 from examples.llama.run import Run, abstract_state, abstract_tokens, placed_step
@@ -59,7 +60,7 @@ class PlanConfig:
       optimizer: The optimizer, one of this package or of Optax. sgd has no momentum.
       weights: The dtype of the weights. int8 needs --update layerwise.
       moments: f32 as pretrain has them, or bf16 as Optax makes them for bf16 weights. The moments
-        of apollo and apollo_mini are always f32.
+        of apollo, apollo_mini and swan are always f32.
       update: layerwise computes and uses the gradient of one layer at a time.
       mesh: The axes of the device mesh and their sizes. data and fsdp divide the batch. fsdp also
         divides the weights, which are gathered one layer at a time. tensor divides heads,
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = parse(PlanConfig, _PROGRAM, argv, _EXAMPLES)
     try:
+        pretraining = _pretraining(config, config.batch)
+        check_step_options(pretraining, default_model=PlanConfig.model)
         report = plan_report(config)
     except (ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -233,9 +236,19 @@ def _run(config: PlanConfig, mesh: Mesh, batch: int) -> Run:
 
 def _settings(config: PlanConfig, batch: int) -> RunSettings:
     """The settings of `pretrain`, its defaults included."""
-    optimizer: dict[str, Any] = {"rank": config.rank, "vocabulary": config.vocabulary}
-    optimizer |= {"project_embeddings": config.project_embeddings, "momentum": 0.0}
-    pretraining = PretrainConfig(
+    stored = StoredModel(_shape(config), "bfloat16")
+    pretraining = _pretraining(config, batch)
+    settings = resolve(pretraining, config.optimizer, stored, data="", text_digest="")
+    return dataclasses.replace(settings, load=None, spike_limit=None)
+
+
+def _pretraining(config: PlanConfig, batch: int) -> PretrainConfig:
+    """The command line of `pretrain`."""
+    optimizer: dict[str, Any] = {"name": config.optimizer, "rank": config.rank}
+    optimizer |= {"vocabulary": config.vocabulary, "project_embeddings": config.project_embeddings}
+    if config.optimizer == "sgd":
+        optimizer["momentum"] = 0.0
+    return PretrainConfig(
         model=ModelOptions(config.model, load=config.load),
         optimizer=dataclasses.replace(LEFT_OPEN, **optimizer),
         training=TrainingOptions(
@@ -249,9 +262,6 @@ def _settings(config: PlanConfig, batch: int) -> RunSettings:
             lora=config.lora,
         ),
     )
-    stored = StoredModel(_shape(config), "bfloat16")
-    settings = resolve(pretraining, config.optimizer, stored, data="", text_digest="")
-    return dataclasses.replace(settings, load=None, spike_limit=None)
 
 
 def _name(config: PlanConfig) -> str:

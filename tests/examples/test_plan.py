@@ -14,7 +14,8 @@ from examples.llama.plan import PlanConfig, argument_bytes, asked, main, plan_st
 
 pytestmark = pytest.mark.optimized
 
-SMALL = ["--model", "nano", "--device", "cpu", "--batch", "2", "--sequence", "16"]
+STEP = ["--device", "cpu", "--batch", "2", "--sequence", "16"]
+SMALL = ["--model", "nano", *STEP]
 
 
 def planned(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
@@ -44,12 +45,12 @@ def test_a_configuration_is_planned_in_place_of_a_named_model(
     load = tmp_path / "config.json"
     assert weight_bytes(PlanConfig(load=load, weights="f32")) == 4 * weights
     assert asked(PlanConfig(load=load))["model"] is None
-    assert main([*SMALL, "--load", str(tmp_path), "--weights", "f32"]) == 0
+    assert main([*STEP, "--load", str(tmp_path), "--weights", "f32"]) == 0
     output = capsys.readouterr().out
     assert f"{weights:,} parameters, planned as a LLaMA although it has model_type 'mi" in output
     del given["hidden_size"]
     (tmp_path / "config.json").write_text(json.dumps(given))
-    assert main([*SMALL, "--load", str(tmp_path)]) == 2
+    assert main([*STEP, "--load", str(tmp_path)]) == 2
     assert "config.json has no hidden_size" in capsys.readouterr().err
 
 
@@ -148,6 +149,10 @@ def test_7b_begins_where_its_int8_step_fits(device: str) -> None:
         (["--mesh", "rows=2"], "allowed are data=N"),
         (["--mesh", "data=3"], "3"),
         (["--weights", "int8"], "add --update layerwise"),
+        (["--optimizer", "adamw", "--rank", "4"], "--rank does nothing for adamw; it is for"),
+        (["--vocabulary", "factored", "--project-embeddings"], "leave one of the two out"),
+        (["--load", "folder"], "--model chooses a new model, and --load folder brings one"),
+        (["--update", "layerwise", "--remat"], "leave --remat out"),
         (
             ["--device", "a100-80gb:2", "--optimizer", "adamw", "--lora", "2"],
             "--lora 2 trains on one device; a100-80gb:2 has 2",
