@@ -132,10 +132,16 @@ class OptimizerSettings:
     final_fraction: tyro.conf.Suppress[float] = 0.1
     weight_decay: Annotated[LeftOut[float], default("FLOAT", "0")] = 0.0
     clip: float = 0.0
-    rank: Annotated[LeftOut[int], default("INT", "a quarter of the hidden size; --load: 32")] = 256
+    rank: Annotated[
+        LeftOut[int], default("INT", "a quarter of the hidden size; 7b: 256; --load: 32")
+    ] = 256
     alpha: Annotated[
         LeftOut[float],
-        default("FLOAT", "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4; --load: sqrt 5, sqrt 128, 1/4"),
+        default(
+            "FLOAT",
+            "1, sqrt 128, 1/4; nano: 1, 2.8, 1/4; 1b and larger: 1/2, sqrt 128, 1/4; "
+            "--load: sqrt 5, sqrt 128, 1/4",
+        ),
     ] = 1.0
     granularity: Annotated[
         LeftOut[Literal["channel", "tensor"]], default("{channel,tensor}", "channel")

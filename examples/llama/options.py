@@ -23,6 +23,7 @@ from examples.llama.config import (
     PaperSettings,
     fine_tuning_settings,
     paper_settings,
+    parameter_count,
 )
 from examples.llama.huggingface import StoredModel
 from examples.llama.optimizers import (
@@ -418,7 +419,10 @@ def _defaults(
         return paper_settings(options.name)
     defaults = PRESETS.get(options.name)
     if defaults is None:
-        defaults = PaperSettings(steps=10_000, rank=MODELS[options.name].hidden_size // 4)
+        shape = MODELS[options.name]
+        # The paper halves APOLLO's alpha from 1B on.
+        alpha = 0.5 if parameter_count(shape) > 1e9 else 1.0
+        defaults = PaperSettings(steps=10_000, rank=shape.hidden_size // 4, alpha_apollo=alpha)
     return dataclasses.replace(defaults, dtype="float32")
 
 

@@ -124,11 +124,11 @@ def test_alpha_halves_from_1b_on():
 
 
 def test_nano_trains_400_steps_of_1024_tokens():
-    assert paper_settings("nano").steps == 400
-    assert paper_settings("nano").tokens_per_batch == 1024
+    assert PRESETS["nano"].steps == 400
+    assert PRESETS["nano"].tokens_per_batch == 1024
 
 
-@pytest.mark.parametrize("name", ["13b", "9m", "gpt2"])
+@pytest.mark.parametrize("name", ["13b", "9m", "gpt2", "nano"])
 def test_a_model_without_a_published_run_is_refused(name):
-    with pytest.raises(ValueError, match=f"no pre-training of '{name}'; it has .*60m"):
+    with pytest.raises(ValueError, match=f"no pre-training of '{name}'; it has settings for 60m, "):
         paper_settings(name)

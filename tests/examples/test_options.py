@@ -92,6 +92,7 @@ def test_every_model_has_defaults(model: str) -> None:
     run = resolved("apollo", model)
     assert (run.weights, run.compute) == ("f32", "f32")
     assert run.optimizer.rank == (256 if model == "7b" else MODELS[model].hidden_size // 4)
+    assert run.optimizer.alpha == (0.5 if model in ("1b", "3b", "7b", "13b", "70b") else 1.0)
 
 
 def fine_tuning(
