@@ -96,17 +96,24 @@ _COUNT: _Range = ("at least 1", lambda value: value >= 1)
 _NOT_NEGATIVE: _Range = ("at least 0, and finite", lambda value: 0 <= value < math.inf)
 _POSITIVE: _Range = ("a positive, finite number", lambda value: 0 < value < math.inf)
 _INT32: _Range = ("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
+_STEPS: _Range = ("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)
+# Each token of the sample takes a forward pass.
+_SAMPLE: _Range = ("from 0 to 2**20", lambda value: 0 <= value <= 2**20)
+_GROWTH: _Range = ("above 1, or 0 for no limit", lambda value: value == 0 or 1 < value < math.inf)
 _FRACTION: _Range = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _RANGES: dict[str, _Range] = {
-    **dict.fromkeys(["batch", "sequence", "micro_batches", "steps", "rank"], _COUNT),
+    **dict.fromkeys(["batch", "sequence", "micro_batches", "rank"], _COUNT),
     **dict.fromkeys(["most_skipped", "evaluate_every", "evaluation_batches"], _COUNT),
-    **dict.fromkeys(["keep", "log_every", "process_timeout", "update_proj_gap"], _COUNT),
+    **dict.fromkeys(["keep", "log_every", "process_timeout"], _COUNT),
+    **dict.fromkeys(["steps", "update_proj_gap"], _STEPS),
     **dict.fromkeys(
         ["spike_limit", "weight_decay", "clip", "checkpoint_every", "lora"], _NOT_NEGATIVE
     ),
-    **dict.fromkeys(["norm_growth_limit", "sample_length", "temperature"], _NOT_NEGATIVE),
+    "temperature": _NOT_NEGATIVE,
     **dict.fromkeys(["warmup_fraction", "momentum"], _FRACTION),
     **dict.fromkeys(["learning_rate", "vocabulary_learning_rate", "alpha"], _POSITIVE),
+    "norm_growth_limit": _GROWTH,
+    "sample_length": _SAMPLE,
     "seed": _INT32,
 }
 

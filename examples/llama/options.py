@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -461,6 +462,13 @@ def resolve(
             "sequence": defaults.sequence_length,
         },
     )
+    longest = stored.longest_context
+    if longest is not None and training.sequence > longest:
+        warnings.warn(
+            f"--sequence is {training.sequence}, and the model in {config.model.load} is made for "
+            f"at most {longest} tokens; give --sequence {longest} to stay within them",
+            stacklevel=2,
+        )
     training = filled(
         training,
         {

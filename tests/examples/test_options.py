@@ -142,6 +142,13 @@ def test_a_loaded_model_is_not_given_more_tokens_than_its_context() -> None:
     assert fine_tuning(context=None).sequence == fine_tuning(context=8192).sequence == 256
 
 
+def test_more_tokens_than_a_loaded_models_context_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="--sequence is 65, and the model in model is .* 64 tok"):
+        run = fine_tuning(context=64, training=TrainingOptions(sequence=65))
+    assert run.sequence == 65
+    assert fine_tuning(context=64, training=TrainingOptions(sequence=64)).sequence == 64
+
+
 @pytest.mark.parametrize(("dtype", "weights"), [("float16", "f32"), ("float32", "f32")])
 def test_weights_that_are_not_bfloat16_are_loaded_as_float32(dtype: str, weights: str) -> None:
     assert fine_tuning(dtype=dtype).weights == weights
@@ -249,6 +256,7 @@ OUT_OF_RANGE: list[tuple[Any, str]] = [
     (OutputOptions(keep=0), "--keep is 0"),
     (OutputOptions(log_every=0), "--log-every is 0"),
     (OutputOptions(sample_length=-1), "--sample-length is -1"),
+    (OutputOptions(sample_length=10**12), r"--sample-length is 10{12}; expected from 0 to 2\*\*20"),
     (OutputOptions(temperature=-0.5), "--temperature is -0.5"),
     (TrainingOptions(batch=0), "--batch is 0"),
     (TrainingOptions(sequence=0), "--sequence is 0"),
@@ -260,6 +268,9 @@ OUT_OF_RANGE: list[tuple[Any, str]] = [
     (optimizer(name="galore", alpha=-1.0), "--alpha is -1.0; expected a positive"),
     (TrainingOptions(seed=5_000_000_000), r"--seed is 5000000000; expected from 0 to 2\*\*31 - 1"),
     (optimizer(total_steps=0), "--steps is 0"),
+    (optimizer(total_steps=2**31), r"--steps is 2147483648; expected from 1 to 2\*\*31 - 1"),
+    (optimizer(update_proj_gap=2**31), "--update-proj-gap is 2147483648; expected from 1"),
+    (optimizer(norm_growth_limit=0.5), "--norm-growth-limit is 0.5; .* above 1, or 0 for no limit"),
     (optimizer(warmup_fraction=1.0), "--warmup-fraction is 1.0; expected at least 0 and below 1"),
     (optimizer(weight_decay=-1.0), "--weight-decay is -1.0"),
     (optimizer(clip=-1.0), "--clip is -1.0"),
