@@ -135,11 +135,17 @@ class GgufFile:
     def files(self) -> dict[str, bytes]:
         """Returns what a folder has beside weights and tokenizer, by the names of the files."""
         tokens = self._field("tokenizer.ggml.tokens")
-        special = {
-            f"{name}_token": tokens[number]
-            for name in ("bos", "eos", "unk")
-            if (number := self._field(f"tokenizer.ggml.{name}_token_id", None)) is not None
-        }
+        special = {}
+        for name in ("bos", "eos", "unk"):
+            number = self._field(f"tokenizer.ggml.{name}_token_id", None)
+            if number is None:
+                continue
+            if number not in range(len(tokens)):
+                raise ValueError(
+                    f"{self.path}: tokenizer.ggml.{name}_token_id is {number}; the tokens are 0 to "
+                    f"{len(tokens) - 1}"
+                )
+            special[f"{name}_token"] = tokens[number]
         template = self._field("tokenizer.chat_template", None)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
         if template is not None:

@@ -84,7 +84,7 @@ def write_gguf(
     writer.add_token_types(fields.get("types", [1] * 258 + [3, 3, 4, 1]))
     writer.add_token_merges(fields.get("merges", ["h e", "1 2", "Ġ a"]))
     writer.add_bos_token_id(258)
-    writer.add_eos_token_id(259)
+    writer.add_eos_token_id(fields.get("eos", 259))
     writer.add_chat_template(TEMPLATE)
 
     def add(name: str, tensor: np.ndarray) -> None:
@@ -241,6 +241,12 @@ def test_a_model_whose_tokenizer_is_of_another_kind_is_saved_without_it(tmp_path
     save_llama(tmp_path / "saved", *load_llama(file), like=file)
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer_config.json"}
+
+
+def test_a_special_token_that_is_none_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", CONFIG, random_params(CONFIG), eos=262)
+    with pytest.raises(ValueError, match=r"eos_token_id is 262; the tokens are 0 to 261"):
+        checkpoint_file(tmp_path / "model.gguf", "tokenizer_config.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a GGUF file at all, by far" * 9])
