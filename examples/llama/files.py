@@ -5,8 +5,44 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-__all__ = ["filled", "replaced", "write_text"]
+__all__ = ["filled", "locked", "replaced", "write_text"]
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder, which is made if it is missing.
+
+    The lock ends with the process, however the process ends. The lock's file stays.
+
+    Args:
+      folder: What to lock.
+
+    Yields:
+      Whether it is locked. Windows and some network file systems have no such locks.
+
+    Raises:
+      BlockingIOError: If the lock is held already.
+      OSError: If the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as file:
+        yield _lock(file)
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

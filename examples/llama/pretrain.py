@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from examples.llama.command_line import parse
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
-from examples.llama.files import replaced
+from examples.llama.files import locked, replaced
 from examples.llama.huggingface import StoredModel, checkpoint_file, describe_llama
 from examples.llama.instructions import ChatTemplate, load_examples
 from examples.llama.interruption import caught_signals
@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.output.describe:
                 return _describe(config)
             plan = prepare(config)
+            if writes_files():
+                _claim(plan, config, stack)
         except (ValueError, ImportError, OSError, jax.errors.JaxRuntimeError) as error:
             return _answer(f"error: {error}", exit_code=2)
         except KeyboardInterrupt:
@@ -124,6 +126,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if writes_files():
             _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
     return 0
+
+
+def _claim(plan: Plan, config: PretrainConfig, stack: contextlib.ExitStack) -> None:
+    """Makes the folders of the runs, and keeps other runs out of them until the stack is closed.
+
+    Raises:
+      ValueError: If another run writes there, or nothing can be written there.
+    """
+    for folder in dict.fromkeys([plan.folder, *(run.folder for run in plan.runs)]):
+        try:
+            is_locked = stack.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run writes to {folder}; wait for its end, or choose another --output"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"--output is {plan.folder}, where nothing can be written ({error}); choose "
+                "another folder"
+            ) from error
+    if not is_locked:
+        print(f"{plan.folder} cannot be locked here: start no other run in it", file=sys.stderr)
+    # Another run may have ended there after the plan was made.
+    if any(
+        has_checkpoint(run.settings, run.folder, config.output) > run.resume for run in plan.runs
+    ):
+        raise ValueError(f"another run has just ended in {plan.folder}; start this one again")
 
 
 def _describe(config: PretrainConfig) -> int:

@@ -1,9 +1,13 @@
 import contextlib
+import errno
+import fcntl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from examples.llama.files import filled, replaced, write_text
+from examples.llama.files import filled, locked, replaced, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -54,3 +58,41 @@ def test_what_else_a_folder_holds_is_left(tmp_path: Path) -> None:
         "same": "new",
     }
     assert set(tmp_path.iterdir()) == {folder, neighbor}
+
+
+def test_a_folder_is_locked_by_one_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with locked(folder) as is_locked:
+        assert is_locked
+        with pytest.raises(BlockingIOError), locked(folder):
+            pass
+    with locked(folder) as is_locked:
+        assert is_locked
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    holding = "import sys; from pathlib import Path; from examples.llama.files import locked\n"
+    holding += "with locked(Path(sys.argv[1])):\n    print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(BlockingIOError), locked(tmp_path):
+            pass
+        process.kill()
+    with locked(tmp_path) as is_locked:
+        assert is_locked
+
+
+def test_where_there_are_no_locks_a_folder_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with locked(tmp_path) as is_locked:
+        assert not is_locked

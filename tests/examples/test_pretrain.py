@@ -20,6 +20,7 @@ from examples.llama import pretrain
 from examples.llama.checkpoint import tree_bytes
 from examples.llama.command_line import parse
 from examples.llama.config import MODELS
+from examples.llama.files import locked
 from examples.llama.huggingface import load_llama, save_llama
 from examples.llama.layered import join_params
 from examples.llama.lora import merged
@@ -487,6 +488,38 @@ def test_a_folder_that_holds_a_run_is_not_written_over(
     assert "holds a run already" in error
     assert "--resume" in error
     assert read_metrics(apollo_run[0]) == before
+
+
+@pytest.mark.parametrize("run_folder", [".", "sgd"])
+def test_a_folder_that_another_run_writes_to_is_left_to_it(
+    run_folder: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / run_folder):
+        error = wrong_input(command(tmp_path, "--compare", "sgd,adamw"), capsys)
+    assert f"another run writes to {tmp_path / run_folder}; wait for its end, or" in error
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_a_run_that_ended_since_the_plan_was_made_is_not_written_over(
+    apollo_run: tuple[Path, str],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def before_it_ended(config: PretrainConfig) -> pretrain.Plan:
+        plan = prepare(config)
+        return plan._replace(runs=[dataclasses.replace(run, resume=False) for run in plan.runs])
+
+    monkeypatch.setattr(pretrain, "prepare", before_it_ended)
+    assert "has just ended" in wrong_input(command(apollo_run[0], "--resume"), capsys)
+
+
+def test_an_output_that_cannot_be_made_is_refused_without_a_way_to_go_on(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = wrong_input(command(Path("/proc/no/run")), capsys)
+    assert "--output is /proc/no/run, where nothing can be written ([Errno" in error
+    assert error.endswith("choose another folder\n")
 
 
 def test_a_run_is_not_resumed_with_another_setting(
