@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["filled", "locked", "replaced", "write_text"]
+__all__ = ["filled", "locked", "replaced", "require_fillable", "write_text"]
 
 _LOCK = ".lock"
 
@@ -62,9 +62,8 @@ def filled(folder: Path) -> Iterator[Path]:
 
     A new folder is there with all of them or not at all. What else an existing one holds is left.
     """
-    folder = folder.resolve()  # "." has no name
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder = folder.resolve()
+    partial = _partial_folder(folder)
     yield partial
     if not folder.exists():
         os.replace(partial, folder)
@@ -72,6 +71,22 @@ def filled(folder: Path) -> Iterator[Path]:
     for path in partial.iterdir():
         os.replace(path, folder / path.name)
     partial.rmdir()
+
+
+def require_fillable(folder: Path) -> None:
+    """Raises OSError if `filled` cannot write there."""
+    partial = _partial_folder(folder.resolve())
+    partial.mkdir(parents=True)
+    partial.rmdir()
+
+
+def _partial_folder(folder: Path) -> Path:
+    """Where to write what goes in a folder, on the same file system; what was there is removed."""
+    # Beside an existing folder there may be another file system.
+    beside = folder.parent / f".{folder.name}.partial"
+    partial = folder / ".partial" if folder.exists() else beside
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from examples.llama.command_line import parse
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
-from examples.llama.files import locked, replaced
+from examples.llama.files import locked, replaced, require_fillable
 from examples.llama.huggingface import StoredModel, checkpoint_file, describe_llama
 from examples.llama.instructions import ChatTemplate, load_examples
 from examples.llama.interruption import caught_signals
@@ -132,7 +132,7 @@ def _claim(plan: Plan, config: PretrainConfig, stack: contextlib.ExitStack) -> N
     """Makes the folders of the runs, and keeps other runs out of them until the stack is closed.
 
     Raises:
-      ValueError: If another run writes there, or nothing can be written there.
+      ValueError: If another run writes there, or nothing can be written there or to an export.
     """
     for folder in dict.fromkeys([plan.folder, *(run.folder for run in plan.runs)]):
         try:
@@ -145,6 +145,14 @@ def _claim(plan: Plan, config: PretrainConfig, stack: contextlib.ExitStack) -> N
             raise ValueError(
                 f"--output is {plan.folder}, where nothing can be written ({error}); choose "
                 "another folder"
+            ) from error
+    for export in _exports(config):
+        try:
+            require_fillable(export)
+        except OSError as error:
+            raise ValueError(
+                f"--export is {export}, where nothing can be written ({error}); choose another "
+                "folder"
             ) from error
     if not is_locked:
         print(f"{plan.folder} cannot be locked here: start no other run in it", file=sys.stderr)
@@ -229,8 +237,7 @@ def prepare(config: PretrainConfig) -> Plan:
 def _resolved(config: PretrainConfig) -> tuple[list[RunSettings], Text]:
     """Returns the settings of each run and the text, as `prepare` raises."""
     check_options(config)
-    _require_folder("--output", config.output.folder)
-    _require_folder("--export", config.output.export)
+    _check_folders(config)
     examples = load_examples(config.data.source)
     corpus = load_corpus(config.data.source) if examples is None else examples.as_corpus()
     tokenizer = _tokenizer(config, corpus, _folder(config))
@@ -259,11 +266,23 @@ def _folder(config: PretrainConfig) -> Path:
     return config.output.folder or Path("runs", f"{_model_name(config)}-{'-'.join(names)}")
 
 
-def _require_folder(flag: str, path: Path | None) -> None:
-    """Raises ValueError if there is a file where a folder is to be."""
-    for place in () if path is None else (path, *path.absolute().parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"{flag} is {path}, and {place} is a file; choose another folder")
+def _exports(config: PretrainConfig) -> list[Path]:
+    """The folder of each run's model; none without --export."""
+    names, export = compared_optimizers(config), config.output.export
+    if export is None:
+        return []
+    return [export / name for name in names] if len(names) > 1 else [export]
+
+
+def _check_folders(config: PretrainConfig) -> None:
+    """Raises ValueError if a folder to write to is a file."""
+    folders = [("--output", _folder(config)), *(("--export", each) for each in _exports(config))]
+    for flag, folder in folders:
+        for place in (folder, *folder.absolute().parents):
+            if place.exists() and not place.is_dir():
+                raise ValueError(
+                    f"{flag} is {folder}, and {place} is a file; choose another folder"
+                )
 
 
 def _model_name(config: PretrainConfig) -> str:
@@ -376,10 +395,9 @@ def train_all(
         with replaced(plan.folder / _TOKENIZER) as partial:
             plan.text.tokenizer.save(partial)
     results: list[RunResult] = []
-    for run in plan.runs:
-        output = config.output
-        if output.export is not None and len(plan.runs) > 1:
-            output = dataclasses.replace(output, export=output.export / run.settings.optimizer.name)
+    exports: list[Path | None] = [*_exports(config)] or [None] * len(plan.runs)
+    for run, export in zip(plan.runs, exports, strict=True):
+        output = dataclasses.replace(config.output, export=export)
         console.print(f"{optimizer_line(run.settings)}; to {run.folder}")
         console.print(state_line(run.settings))
         result = read_result(run) if output.export is None else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.llama.files import filled, locked, replaced, write_text
+from examples.llama.files import filled, locked, replaced, require_fillable, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -42,6 +42,23 @@ def test_the_working_folder_is_filled(tmp_path: Path, monkeypatch: pytest.Monkey
         partial.mkdir()
         (partial / "new").write_text("new")
     assert (tmp_path / "new").read_text() == "new"
+
+
+def test_an_existing_folder_is_filled_from_its_own_file_system(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with filled(folder) as partial:
+        partial.mkdir()
+        assert partial.parent == folder
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+def test_what_can_be_filled_is_left_as_it_is(tmp_path: Path) -> None:
+    require_fillable(tmp_path)
+    require_fillable(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="/proc"):
+        require_fillable(Path("/proc/no"))
 
 
 def test_what_else_a_folder_holds_is_left(tmp_path: Path) -> None:

@@ -514,12 +514,14 @@ def test_a_run_that_ended_since_the_plan_was_made_is_not_written_over(
     assert "has just ended" in wrong_input(command(apollo_run[0], "--resume"), capsys)
 
 
-def test_an_output_that_cannot_be_made_is_refused_without_a_way_to_go_on(
-    command: Command, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("flag", ["--output", "--export"])
+def test_a_folder_that_cannot_be_made_is_refused_before_training(
+    flag: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = wrong_input(command(Path("/proc/no/run")), capsys)
-    assert "--output is /proc/no/run, where nothing can be written ([Errno" in error
-    assert error.endswith("choose another folder\n")
+    error = wrong_input(command(tmp_path, flag, "/proc/no/folder"), capsys)
+    assert f"{flag} is /proc/no/folder, where nothing can be written ([Errno" in error
+    assert error.endswith("choose another folder\n")  # not to continue
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_run_is_not_resumed_with_another_setting(
