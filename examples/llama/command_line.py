@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import math
 import re
 import shutil
@@ -148,6 +149,12 @@ def parse(
       SystemExit: After `--help`, with code 0; after wrong input, with code 2 and one line on
         stderr.
     """
+    given = sys.argv[1:] if argv is None else argv
+    for flag, argument in itertools.pairwise(["", *given]):
+        # An empty path would be the working folder.
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
+            print(f"error: {argument or flag} has an empty value; give one", file=sys.stderr)
+            raise SystemExit(2)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

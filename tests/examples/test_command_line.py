@@ -76,3 +76,8 @@ def test_help_fits_the_window_and_has_examples_that_can_be_read(
         assert example in output.getvalue()
         config = pretrain.PretrainConfig if program is pretrain else plan.PlanConfig
         parse(config, "x", example.split(), [])
+
+
+@pytest.mark.parametrize("argv", [["--data", ""], ["--output", ""], ["--output="]])
+def test_an_empty_value_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(argv, capsys) == f"error: {argv[0]} has an empty value; give one\n"
