@@ -275,14 +275,40 @@ def _exports(config: PretrainConfig) -> list[Path]:
 
 
 def _check_folders(config: PretrainConfig) -> None:
-    """Raises ValueError if a folder to write to is a file."""
-    folders = [("--output", _folder(config)), *(("--export", each) for each in _exports(config))]
-    for flag, folder in folders:
+    """Raises ValueError if the run would write where a file, its model or its text is."""
+    load, data = config.model.load, Path(config.data.source).expanduser()
+    exports = _exports(config)
+    for flag, folder in [("--output", _folder(config)), *(("--export", each) for each in exports)]:
         for place in (folder, *folder.absolute().parents):
             if place.exists() and not place.is_dir():
                 raise ValueError(
                     f"{flag} is {folder}, and {place} is a file; choose another folder"
                 )
+        if load is not None and folder.resolve() == load.resolve():
+            raise ValueError(
+                f"{flag} is {folder}, the folder of --load, whose files would be replaced; choose "
+                "another folder"
+            )
+        if config.data.source != "stdlib" and _is_read(folder, data):
+            raise ValueError(
+                f"{flag} is {folder}, in the folder of --data {data}, so that --resume would read "
+                "what the run wrote as its text; choose a folder outside of it"
+            )
+    for export in exports:
+        others = {path.name for path in export.glob("*.safetensors*")} - {"model.safetensors"}
+        if others:
+            raise ValueError(
+                f"--export is {export}, where {min(others)} of another model is, which would stay "
+                "beside the new one; choose another folder, or move that model away"
+            )
+
+
+def _is_read(folder: Path, data: Path) -> bool:
+    """Whether the text of a folder `data` would have what is in another; no hidden one is read."""
+    folder, data = folder.resolve(), data.resolve()
+    if not (data.is_dir() and folder.is_relative_to(data)):
+        return False
+    return not any(part.startswith(".") for part in folder.relative_to(data).parts)
 
 
 def _model_name(config: PretrainConfig) -> str:

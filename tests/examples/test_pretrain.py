@@ -674,6 +674,43 @@ def test_a_file_where_a_folder_is_to_be_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--output", "--export"])
+def test_the_folder_of_the_loaded_model_is_not_written_to(
+    flag: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, link = tmp_path / "model", tmp_path / "link"
+    model.mkdir()
+    link.symlink_to(model)
+    error = wrong_input(command(tmp_path / "run", "--load", str(model), flag, str(link)), capsys)
+    assert f"{flag} is {link}, the folder of --load, whose files would be replaced" in error
+
+
+@pytest.mark.parametrize("flag", ["--output", "--export"])
+def test_a_folder_inside_the_text_is_refused_unless_it_is_hidden(
+    flag: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (texts / name).write_text(squares())
+    flags = command(tmp_path / "run", "--data", str(texts), flag)
+    inside = texts / "runs" / "1"
+    assert f"{flag} is {inside}, in the folder of --data" in wrong_input(
+        [*flags, str(inside)], capsys
+    )
+    assert run([*flags, str(texts / ".runs" / "1"), "--describe"])[0] == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00001-of-2.safetensors"])
+def test_an_export_beside_the_files_of_another_model_is_refused(
+    name: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (name, "model.safetensors"):
+        (tmp_path / file).touch()
+    error = wrong_input(command(tmp_path / "run", "--export", str(tmp_path)), capsys)
+    assert f"--export is {tmp_path}, where {name} of another model is" in error
+
+
 # More than a process can address, so that no machine gives it.
 HUGE = dataclasses.replace(TINY, hidden_size=2**24, intermediate_size=2**24, num_layers=1)
 
