@@ -54,9 +54,23 @@ def open_metrics(
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's metrics: those with `loss` and those with `validation_loss`."""
-    lines = (folder / _FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """Returns the lines of a run's metrics: those with `loss` and those with `validation_loss`.
+
+    Returns:
+      The lines; none if there is no file.
+
+    Raises:
+      OSError: If a line is damaged.
+    """
+    path = folder / _FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise OSError(
+            f"{path} is damaged ({error}); remove the damaged line, or move the file away to go on "
+            "without the curves"
+        ) from error
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

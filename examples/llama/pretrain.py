@@ -36,6 +36,7 @@ from examples.llama.report import RunResult, draw_curves, results_table, write_r
 from examples.llama.run import (
     Run,
     TooManySkippedError,
+    finished_line,
     has_checkpoint,
     prepare_evaluation,
     read_result,
@@ -114,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
             ):
                 results = train_all(plan, config, console, caught)
+            if len(results) == len(plan.runs) and writes_files():
+                _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
         except (OSError, TooManySkippedError, MemoryError, jax.errors.JaxRuntimeError) as error:
             return _answer(_explanation(error, plan, resuming), exit_code=1)
         except KeyboardInterrupt:
@@ -123,8 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"Stopped and saved. To continue:\n{resuming}")
             # Of several processes, another one may have been told to stop.
             return 128 + (caught[0] if caught else signal.SIGTERM)
-        if writes_files():
-            _report(plan, results, shlex.join([*_PROGRAM.split(), *arguments]), console)
     return 0
 
 
@@ -427,6 +428,8 @@ def train_all(
         console.print(f"{optimizer_line(run.settings)}; to {run.folder}")
         console.print(state_line(run.settings))
         result = read_result(run) if output.export is None else None
+        if result is not None:
+            console.print(finished_line(run))
         result = result or train_run(
             run,
             plan.text,
@@ -459,6 +462,8 @@ def _report(
     }
     write_results(plan.folder, results, about)
     curves = {str(run.settings.optimizer.name): read_metrics(run.folder) for run in plan.runs}
+    for name in [name for name, lines in curves.items() if not lines]:
+        console.print(f"The metrics of {name} are missing, and the picture lacks its curve")
     title = f"{parameter_count(settings.model):,} parameters on {plan.text.name}"
     draw_curves(plan.folder / "curves.png", curves, title=title)
     for result in results:

@@ -60,6 +60,7 @@ __all__ = [
     "TooManySkippedError",
     "abstract_state",
     "abstract_tokens",
+    "finished_line",
     "has_checkpoint",
     "initial_params",
     "placed_step",
@@ -265,6 +266,12 @@ def train_run(
             loss_as_loaded = validation_loss_of(state.params)
             write({"step": 0, "validation_loss": loss_as_loaded})
             show.evaluation(0, loss_as_loaded)
+        if int(state.step) == steps:
+            console.print(finished_line(run))
+            validation_loss = _last_validation_loss(run)
+            if validation_loss is None:
+                validation_loss = validation_loss_of(state.params)
+                write({"step": steps, "validation_loss": validation_loss})
         return_freed_memory()
         for step in range(int(state.step) + 1, steps + 1):
             step_began = times.begin()
@@ -299,7 +306,7 @@ def train_run(
                 save_is_due = False
             if ends:
                 break
-    if int(state.step) < steps:
+    if validation_loss is None or int(state.step) < steps:
         return None
     return _result(run, state, times, validation_loss, text, options)
 
@@ -332,12 +339,24 @@ def _open_outputs(
         yield checkpoints, write, show
 
 
+def finished_line(run: Run) -> str:
+    """Says of a run that took its last step before that nothing is left to do."""
+    return (
+        f"The run in {run.folder} took its last step, {run.settings.steps}, before: nothing is "
+        "trained, and changed flags change no result. To train on, give more --steps and "
+        "--allow-changes; for a new run, choose another --output"
+    )
+
+
 def read_result(run: Run) -> RunResult | None:
-    """Returns what a run came to that took its last step before; None if it has not."""
+    """Returns what a run came to that took its last step before; None if there is none to read."""
     path = run.folder / _RESULT
     if not (run.resume and path.exists()):
         return None
-    result = RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        result = RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # damaged, and made anew
+        return None
     return result if result.steps == run.settings.steps else None
 
 
@@ -445,6 +464,12 @@ def _compile_step(run: Run, state: train.TrainState) -> Callable[..., Any]:
     return take_step
 
 
+def _last_validation_loss(run: Run) -> float | None:
+    lines = [line for line in read_metrics(run.folder) if "validation_loss" in line]
+    is_last = bool(lines) and lines[-1]["step"] == run.settings.steps
+    return lines[-1]["validation_loss"] if is_last else None
+
+
 def _last_saved(checkpoints: ocp.CheckpointManager) -> str:
     step = checkpoints.latest_step()
     if step is None:
@@ -511,17 +536,17 @@ def _result(
     run: Run,
     state: train.TrainState,
     times: StepTimes,
-    validation_loss: float | None,
+    validation_loss: float,
     text: Text,
     options: OutputOptions,
 ) -> RunResult:
     settings = run.settings
-    if validation_loss is None:  # the last step was taken before
-        validation_loss = read_metrics(run.folder)[-1]["validation_loss"]
     first = read_metrics(run.folder)[0] if writes_files() else {"step": 1}
     is_bytes = isinstance(text.tokenizer, ByteTokenizer)
     if options.export is not None:
         _export(options.export, run, state.params, text)
+    if not times and (finished := read_result(run)):
+        return finished
     result = RunResult(
         optimizer=settings.optimizer.name + (f", LoRA {settings.lora}" if settings.lora else ""),
         learning_rate=settings.optimizer.learning_rate,
@@ -532,7 +557,7 @@ def _result(
         bits_per_byte=validation_loss / math.log(2) if is_bytes else None,
         state_bytes=tree_bytes(state.opt_state),
         parameter_bytes=tree_bytes(state.params),
-        step_milliseconds=_step_milliseconds(run, times),
+        step_milliseconds=1000 * times.median() if times else None,
         skipped_steps=int(state.opt_state.skipped),
         sample=_sample(run, state.params, text, options),
         machine=machine(),
@@ -554,13 +579,6 @@ def _export(folder: Path, run: Run, params: Any, text: Text) -> None:
         params = jax.device_put(params, host.devices[0])
         save_llama(partial, settings.model, params, floats=floats, like=settings.load)
         text.tokenizer.save(partial / "tokenizer.json")
-
-
-def _step_milliseconds(run: Run, times: StepTimes) -> float | None:
-    if times:
-        return 1000 * times.median()
-    finished_before = read_result(run)
-    return finished_before.step_milliseconds if finished_before else None
 
 
 def _sample(run: Run, params: Any, text: Text, options: OutputOptions) -> str:

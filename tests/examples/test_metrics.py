@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from examples.llama.metrics import open_metrics, read_metrics
 
 
@@ -59,3 +61,10 @@ def test_tensorboard_gets_every_value_by_its_name(tmp_path: Path) -> None:
     assert b"loss" in written
     assert b"learning_rate" in written
     assert b"step" not in written
+
+
+def test_missing_metrics_are_no_lines_and_damaged_ones_an_error(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
+    with pytest.raises(OSError, match="metrics.jsonl is damaged .*; remove the damaged line, or"):
+        read_metrics(tmp_path)

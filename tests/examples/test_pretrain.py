@@ -280,6 +280,36 @@ def test_a_finished_run_can_be_exported_later(
 
 
 @pytest.mark.parametrize("finished", ["apollo"], indirect=True)
+def test_a_finished_run_whose_small_files_are_lost_or_damaged_is_evaluated_again(
+    finished: tuple[Path, list[str]],
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, flags = finished
+    damaged = tmp_path / "run"
+    shutil.copytree(folder, damaged)
+    resuming = [*command(damaged, *flags), "--resume"]
+    (damaged / "metrics.jsonl").unlink()
+    code, output = run(resuming)
+    assert code == 0
+    assert "took its last step, 6, before: nothing is trained" in output
+    assert "The metrics of apollo are missing, and the picture lacks its curve" in output
+    (damaged / "result.json").write_text("")
+    code, output = run(resuming)
+    assert code == 0
+    assert "took its last step, 6, before: nothing is trained" in output
+    results = [json.loads((each / "result.json").read_text()) for each in (folder, damaged)]
+    assert results[0] == results[1] | {"step_milliseconds": results[0]["step_milliseconds"]}
+    assert metrics(damaged) == [metrics(folder)[-1]]
+    (damaged / "results.json").unlink()
+    (damaged / "results.json").mkdir()
+    capsys.readouterr()
+    assert main(resuming) == 1
+    assert "results.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("finished", ["apollo"], indirect=True)
 def test_ctrl_c_saves_and_the_printed_command_goes_on_as_if_uninterrupted(
     finished: tuple[Path, list[str]], command: Command, tmp_path: Path
 ) -> None:
