@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["filled", "locked", "replaced", "require_fillable", "write_text"]
+__all__ = ["filled", "holds_lock", "locked", "replaced", "require_fillable", "write_text"]
 
 _LOCK = ".lock"
 
@@ -31,6 +31,11 @@ def locked(folder: Path) -> Iterator[bool]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "w") as file:
         yield _lock(file)
+
+
+def holds_lock(folder: Path) -> bool:
+    """Returns whether a folder was ever `locked`."""
+    return (folder / _LOCK).exists()
 
 
 def _lock(file: TextIO) -> bool:

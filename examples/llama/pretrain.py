@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from examples.llama.command_line import parse
 from examples.llama.config import MODELS, parameter_count
 from examples.llama.corpus import Corpus, load_corpus
-from examples.llama.files import locked, replaced, require_fillable
+from examples.llama.files import holds_lock, locked, replaced, require_fillable
 from examples.llama.huggingface import StoredModel, checkpoint_file, describe_llama
 from examples.llama.instructions import ChatTemplate, load_examples
 from examples.llama.interruption import caught_signals
@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Its arguments; those of the process if None.
 
     Returns:
-      The exit code: 0; 1 if the run could not read or write something, as with a full disk; 2 for
-      wrong input; or 128 plus the number of the signal that stopped the run, as in shells.
+      The exit code: 0; 1 if the run could not read or write something, as with a full disk, or
+      skipped every step; 2 for wrong input; or 128 plus the number of the signal that stopped the
+      run, as in shells.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(PretrainConfig, _PROGRAM, arguments, _EXAMPLES)
@@ -126,6 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"Stopped and saved. To continue:\n{resuming}")
             # Of several processes, another one may have been told to stop.
             return 128 + (caught[0] if caught else signal.SIGTERM)
+        unmoved = [each.optimizer for each in results if each.skipped_steps == each.steps]
+        if unmoved:
+            return _answer(
+                f"error: every step of {', '.join(unmoved)} was skipped, so that the weights are "
+                "those before the first step; metrics.jsonl says why. If not even the first "
+                "validation loss is finite, look at the weights of --load; else choose a lower "
+                "--learning-rate",
+                exit_code=1,
+            )
     return 0
 
 
@@ -226,8 +236,9 @@ def prepare(config: PretrainConfig) -> Plan:
     training_batches(text, settings[0]).close()
     batches = validation_batches(text, settings[0], max_batches=config.output.evaluation_batches)
     validation_loss = prepare_evaluation(runs[0], batches)
-    # A folder without one is of a run that was killed before its first.
-    if config.output.resume and not any(run.resume for run in runs) and not folder.is_dir():
+    # Without one, a folder may be of a run that was killed before its first, or new.
+    none = config.output.resume and not any(run.resume for run in runs)
+    if none and not (folder.is_dir() and (holds_lock(folder) or not any(folder.iterdir()))):
         raise ValueError(
             f"there is no checkpoint to resume in {folder}; leave --resume out to start, or name "
             "the --output of the run"
@@ -427,6 +438,8 @@ def train_all(
         output = dataclasses.replace(config.output, export=export)
         console.print(f"{optimizer_line(run.settings)}; to {run.folder}")
         console.print(state_line(run.settings))
+        if config.output.resume and not run.resume:
+            console.print(f"no checkpoint in {run.folder}: starting from step 0")
         result = read_result(run) if output.export is None else None
         if result is not None:
             console.print(finished_line(run))

@@ -160,6 +160,8 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], *, title: str) -> None:
             axes.plot(steps, losses, color=color, marker=marker, markersize=4, linewidth=2)
             if len(losses):
                 height = min(losses[-1], top) if math.isfinite(losses[-1]) else top
+                # Losses that are not finite would not widen the axis.
+                axes.update_datalim([(steps[-1], height)])
                 ends.append((height, steps[-1], f"{optimizer}, {losses[-1]:.3f}"))
         ends.sort()
         heights = spread([height for height, _, _ in ends], distance=(top - bottom) / 18)

@@ -169,6 +169,17 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_reported(
     assert lines(tmp_path)[-1]["loss"] < lines(tmp_path)[0]["loss"] - 0.5
 
 
+def test_a_run_whose_every_step_was_skipped_ends_with_an_error(
+    spoiled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--load", str(spoiled_model), "--steps", "2"]
+    assert main(command(tmp_path, "~" * 4000, *more)) == 1
+    error = capsys.readouterr().err
+    assert "error: every step of apollo was skipped" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
 @pytest.mark.slow
 def test_too_many_skipped_steps_end_the_run_with_its_last_checkpoint_as_it_was(
     spoiled_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -520,6 +520,26 @@ def test_a_folder_that_holds_a_run_is_not_written_over(
     assert read_metrics(apollo_run[0]) == before
 
 
+def test_a_folder_that_holds_nothing_of_a_run_is_not_resumed(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text("kept")
+    assert "no checkpoint to resume" in wrong_input(command(tmp_path, "--resume"), capsys)
+    assert (tmp_path / "results.json").read_text() == "kept"
+
+
+@pytest.mark.parametrize("locked_before", [False, True], ids=["empty", "killed-early"])
+def test_resuming_without_a_checkpoint_starts_and_says_so(
+    locked_before: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if locked_before:
+        with locked(tmp_path):
+            (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(pretrain, "train_run", lambda *args: None)
+    _, output = run(command(tmp_path, "--resume"))
+    assert f"no checkpoint in {tmp_path}: starting from step 0" in output
+
+
 @pytest.mark.parametrize("run_folder", [".", "sgd"])
 def test_a_folder_that_another_run_writes_to_is_left_to_it(
     run_folder: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
