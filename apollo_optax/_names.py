@@ -233,7 +233,7 @@ def _named(
     name = names[-1] if names else ""
     module = names[-2] if len(names) > 1 else ""
     axes = len(shape)
-    dense = _DENSE
+    dense = _PLAIN.get(name, _DENSE)
     if axes < 2 or _is_no_matrix(name) or _is_no_module_of_matrices(module.lower(), name):
         return Named(None)
     is_head = any(_HEADS.fullmatch(part) for part in names)
@@ -251,8 +251,7 @@ def _named(
         return _UNKNOWN if axes == 2 and spec in (_HEADS_FIRST, _OUT_OF_HEADS) else Named(spec)
     if name in _PLAIN:
         if axes == 2:
-            return Named(_PLAIN[name], certain=False)
-        dense = _PLAIN[name]
+            return Named(dense, certain=False)
         name = "kernel" if module in _INTO | _OUT else name
     if name in _EXPERTS and axes == 3:
         return Named(_DENSE)

@@ -43,9 +43,9 @@ def named_leaves(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[Path, Any]]
     return named, treedef
 
 
-def named_arrays(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+def named_arrays(tree: Any, is_leaf: Any = None) -> tuple[list[tuple[Path, Any]], Any]:
     """Returns `named_leaves` with Python's and NumPy's numbers as arrays, as Optax does."""
-    named, treedef = named_leaves(tree)
+    named, treedef = named_leaves(tree, is_leaf)
     return [(path, x if hasattr(x, "ndim") else jnp.asarray(x)) for path, x in named], treedef
 
 

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray, PyTree
 from apollo_optax._arguments import require_one_of, require_positive_integer
 from apollo_optax._matrices import ApolloDimensionNumbers
 from apollo_optax._names import LARGEST_WINDOW, by_name
-from apollo_optax._paths import Path, named_leaves, spell
+from apollo_optax._paths import Path, named_arrays, named_leaves, spell
 from apollo_optax._placement import call_on_automatic_axes
 from apollo_optax._rounding import (
     add_update,
@@ -103,7 +103,7 @@ def contracted_axes(params: PyTree) -> PyTree:
       >>> contracted_axes({"mlp": dense, "embed": {"embedding": jnp.zeros((1000, 64))}})
       {'embed': {'embedding': -1}, 'mlp': {'bias': None, 'kernel': -2}}
     """
-    named, treedef = named_leaves(params, is_leaf=_is_quantized)
+    named, treedef = named_arrays(params, is_leaf=_is_quantized)
     found = by_name(named, project_embeddings=True)
     axes = [_contracted_axis(path, leaf, found[path].spec) for path, leaf in named]
     return treedef.unflatten(axes)

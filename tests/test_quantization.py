@@ -129,6 +129,12 @@ def test_a_row_and_a_layer_have_their_scales_to_themselves(shape):
     assert quantized.scale.shape[0] == shape[0]
 
 
+def test_a_number_of_python_stays():
+    quantized = quantize({"kernel": jnp.ones((64, 32)), "temperature": 1.0})
+    assert isinstance(quantized["kernel"], QArray)
+    assert quantized["temperature"] == 1.0
+
+
 def test_equinox_norms_and_integer_and_empty_leaves_stay():
     leaves = {
         "norm1": {"weight": jnp.ones((3, 8))},

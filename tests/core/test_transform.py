@@ -484,6 +484,7 @@ class Unhashable:
         ({"granularity": Unhashable()}, TypeError, "granularity must be hashable"),
         ({"implementation": Unhashable()}, TypeError, "implementation must be hashable"),
         ({"key": 0.5}, TypeError, "key must be an int seed or a key"),
+        ({"key": 2**70}, ValueError, "key must be a seed from"),
         ({"mu_dtype": jnp.int8}, TypeError, "mu_dtype"),
     ],
 )
