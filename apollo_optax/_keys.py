@@ -34,7 +34,7 @@ def require_key(name: str, key: Any) -> None:
             )
     elif not (_is_raw(key) or _is_seed(key)):
         raise TypeError(f"{name} must be an int seed or a key from jax.random.key, got {key!r}.")
-    elif isinstance(key, numbers.Integral) and not -(2**63) <= int(key) < 2**63:
+    elif isinstance(key, int) and not -(2**63) <= key < 2**63:
         raise ValueError(f"{name} must be a seed from -2**63 to 2**63 - 1, got {key!r}.")
 
 

@@ -191,7 +191,8 @@ def by_name(
         one = _named(
             names, of_layer[path], siblings, vocabulary=project_embeddings, stacked=stacked
         )
-        if path in vectors and not (one.known and one.certain):
+        # Leaves of (out, in), beside a convolution's, have one first axis too.
+        if path in vectors and (not one.known or (not one.certain and _is_stacked(names))):
             one = Named(None)
         if one.spec and axis is not None:
             one = one._replace(spec=_with_axis(one.spec, axis, len(shape)))

@@ -150,10 +150,11 @@ def parse(
         stderr.
     """
     given = sys.argv[1:] if argv is None else argv
-    for flag, argument in itertools.pairwise(["", *given]):
+    for before, argument in itertools.pairwise(["", *given]):
         # An empty path would be the working folder.
         if not argument or re.fullmatch(r"--[\w-]+=", argument):
-            print(f"error: {argument or flag} has an empty value; give one", file=sys.stderr)
+            where = f"of {argument}" if argument else f"after {before or program}"
+            print(f"error: an empty value {where}; fill it or leave it out", file=sys.stderr)
             raise SystemExit(2)
     errors = io.StringIO()
     try:

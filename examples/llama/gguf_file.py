@@ -244,8 +244,8 @@ class GgufFile:
         for merge in merges:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
                 raise ValueError(
-                    f"{self.path}: tokenizer.ggml.merges has {' '.join(merge)!r}; a merge is of "
-                    "two tokens, with a space between them, that are a token together"
+                    f"{self.path}: tokenizer.ggml.merges has {' '.join(merge)!r}; a merge is "
+                    "two tokens with a space between them, which joined are a token too"
                 )
         kinds = self._field("tokenizer.ggml.token_type", [1] * len(tokens))
         if len(kinds) != len(tokens):

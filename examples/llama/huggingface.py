@@ -105,6 +105,7 @@ def describe_llama(folder: str | os.PathLike[str]) -> StoredModel:
             a dtype that is not floating-point (the tensor is named).
     """
     config, stored = _open_checkpoint(folder)
+    stored.files()  # what an export copies
     for path, expected in jax.tree.leaves_with_path(_expected_leaves(config)):
         leaf_name = _leaf_name(path)
         for layer in range(config.num_layers) if leaf_name.startswith("blocks.") else [0]:
@@ -512,8 +513,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         files = _read_json(index).get("weight_map")
         if not isinstance(files, dict):
             raise ValueError(
-                f"weight_map in {index} is a JSON {type(files).__name__}; it should be an object "
-                "of the names of files, by those of tensors."
+                f"{index} has no weight_map, an object that names the file of each tensor."
             )
         for file in files.values():
             if not isinstance(file, str) or Path(file).name != file:

@@ -63,8 +63,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
       OSError: If a line is damaged.
     """
     path = folder / _FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise OSError(
@@ -77,7 +77,8 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines(keepends=True):
         try:
             metrics = json.loads(line)
         except ValueError:

@@ -466,7 +466,7 @@ def resolve(
     if longest is not None and training.sequence > longest:
         warnings.warn(
             f"--sequence is {training.sequence}, and the model in {config.model.load} is made for "
-            f"at most {longest} tokens; give --sequence {longest} to stay within them",
+            f"at most {longest} tokens; give --sequence {longest} to stay within this",
             stacklevel=2,
         )
     training = filled(

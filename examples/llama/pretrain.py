@@ -31,7 +31,12 @@ from examples.llama.options import (
     compared_optimizers,
     resolve,
 )
-from examples.llama.processes import joined_processes, lost_process, writes_files
+from examples.llama.processes import (
+    joined_processes,
+    lost_process,
+    require_in_first,
+    writes_files,
+)
 from examples.llama.report import RunResult, draw_curves, results_table, write_results
 from examples.llama.run import (
     Run,
@@ -100,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.output.describe:
                 return _describe(config)
             plan = prepare(config)
-            if writes_files():
-                _claim(plan, config, stack)
+            require_in_first(lambda: _claim(plan, config, stack))
         except (ValueError, ImportError, OSError, jax.errors.JaxRuntimeError) as error:
             return _answer(f"error: {error}", exit_code=2)
         except KeyboardInterrupt:
@@ -130,10 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         unmoved = [each.optimizer for each in results if each.skipped_steps == each.steps]
         if unmoved:
             return _answer(
-                f"error: every step of {', '.join(unmoved)} was skipped, so that the weights are "
-                "those before the first step; metrics.jsonl says why. If not even the first "
-                "validation loss is finite, look at the weights of --load; else choose a lower "
-                "--learning-rate",
+                f"error: every step of {', '.join(unmoved)} was skipped, for the reasons in "
+                "metrics.jsonl. If no validation loss is finite, look at the weights of --load; "
+                "else look at the text of --data, or try --compute f32",
                 exit_code=1,
             )
     return 0
@@ -236,14 +239,20 @@ def prepare(config: PretrainConfig) -> Plan:
     training_batches(text, settings[0]).close()
     batches = validation_batches(text, settings[0], max_batches=config.output.evaluation_batches)
     validation_loss = prepare_evaluation(runs[0], batches)
-    # Without one, a folder may be of a run that was killed before its first, or new.
+    # Without a checkpoint, the folder may be new, or of a run that was killed before its first one.
     none = config.output.resume and not any(run.resume for run in runs)
-    if none and not (folder.is_dir() and (holds_lock(folder) or not any(folder.iterdir()))):
+    if none and not (folder.is_dir() and _may_begin(folder)):
         raise ValueError(
             f"there is no checkpoint to resume in {folder}; leave --resume out to start, or name "
             "the --output of the run"
         )
     return Plan(runs, text, validation_loss, folder)
+
+
+def _may_begin(folder: Path) -> bool:
+    """Whether a folder without a checkpoint holds no results, and nothing but a run's files."""
+    names = {path.name for path in folder.iterdir()}
+    return "results.json" not in names and (names <= {_TOKENIZER} or holds_lock(folder))
 
 
 def _resolved(config: PretrainConfig) -> tuple[list[RunSettings], Text]:
@@ -303,15 +312,15 @@ def _check_folders(config: PretrainConfig) -> None:
             )
         if config.data.source != "stdlib" and _is_read(folder, data):
             raise ValueError(
-                f"{flag} is {folder}, in the folder of --data {data}, so that --resume would read "
-                "what the run wrote as its text; choose a folder outside of it"
+                f"{flag} is {folder}, in the folder of --data {data}: --resume would read the "
+                f"run's own files as text; give {flag} a folder outside of it"
             )
     for export in exports:
         others = {path.name for path in export.glob("*.safetensors*")} - {"model.safetensors"}
         if others:
             raise ValueError(
-                f"--export is {export}, where {min(others)} of another model is, which would stay "
-                "beside the new one; choose another folder, or move that model away"
+                f"--export is {export}, which holds {min(others)} of another model; it would stay "
+                "beside the new one. Choose another folder, or move that model away"
             )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "everywhere",
     "joined_processes",
     "lost_process",
+    "require_in_first",
     "writes_files",
 ]
 
@@ -81,6 +82,20 @@ def joined_processes(options: ProcessOptions) -> Iterator[None]:
 def writes_files() -> bool:
     """Whether this process is the one that writes what is not divided among them."""
     return jax.process_index() == 0
+
+
+def require_in_first(check: Callable[[], None]) -> None:
+    """Runs a check in the first process only, and raises ValueError in all if it does."""
+    refusal = None
+    if writes_files():
+        try:
+            check()
+        except ValueError as error:
+            refusal = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(refusal is not None):
+        refusal = refusal or ValueError("process 0 refuses this run; its output says why")
+    if refusal is not None:
+        raise refusal
 
 
 def agreed(asked: Callable[[], bool], mesh: Mesh | None) -> Callable[[], bool]:

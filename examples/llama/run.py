@@ -342,9 +342,9 @@ def _open_outputs(
 def finished_line(run: Run) -> str:
     """Says of a run that took its last step before that nothing is left to do."""
     return (
-        f"The run in {run.folder} took its last step, {run.settings.steps}, before: nothing is "
-        "trained, and changed flags change no result. To train on, give more --steps and "
-        "--allow-changes; for a new run, choose another --output"
+        f"The run in {run.folder} has taken its last step, {run.settings.steps}, already. Nothing "
+        "is trained, whatever the flags. To train on, give more --steps and --allow-changes; for a "
+        "new run, choose another --output"
     )
 
 

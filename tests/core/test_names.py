@@ -108,6 +108,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "to_logits__kernel": ((64, 100), None, None),
         "block__output__weight": ((64, 64), (0,), (1,)),
     },
+    "weights beside a convolution": {
+        "block__conv__weight": ((64, 64, 3, 3), None, None),
+        "block__norm__weight": ((64,), None, None),
+        "block__q__weight": ((64, 64), (0,), (1,)),
+        "block__up__weight": ((64, 256), (0,), (1,)),
+    },
     "stacked norms": {
         "layers__ln1__weight": ((12, 64), None, None),
         "layers__rms__weight": ((12, 64), None, None),

@@ -78,6 +78,10 @@ def test_help_fits_the_window_and_has_examples_that_can_be_read(
         parse(config, "x", example.split(), [])
 
 
-@pytest.mark.parametrize("argv", [["--data", ""], ["--output", ""], ["--output="]])
-def test_an_empty_value_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(argv, capsys) == f"error: {argv[0]} has an empty value; give one\n"
+@pytest.mark.parametrize(
+    ("argv", "where"), [(["--data", ""], "after --data"), (["--output="], "of --output=")]
+)
+def test_an_empty_value_is_refused(
+    argv: list[str], where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(argv, capsys) == f"error: an empty value {where}; fill it or leave it out\n"

@@ -65,6 +65,7 @@ def test_tensorboard_gets_every_value_by_its_name(tmp_path: Path) -> None:
 
 def test_missing_metrics_are_no_lines_and_damaged_ones_an_error(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
-    with pytest.raises(OSError, match="metrics.jsonl is damaged .*; remove the damaged line, or"):
-        read_metrics(tmp_path)
+    for damaged in (b'{"st\n', b"\xff\xfe\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damaged)
+        with pytest.raises(OSError, match=r"metrics.jsonl is damaged .*; remove the damaged line"):
+            read_metrics(tmp_path)

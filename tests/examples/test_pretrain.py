@@ -293,12 +293,12 @@ def test_a_finished_run_whose_small_files_are_lost_or_damaged_is_evaluated_again
     (damaged / "metrics.jsonl").unlink()
     code, output = run(resuming)
     assert code == 0
-    assert "took its last step, 6, before: nothing is trained" in output
+    assert "has taken its last step, 6, already. Nothing is trained" in output
     assert "The metrics of apollo are missing, and the picture lacks its curve" in output
     (damaged / "result.json").write_text("")
     code, output = run(resuming)
     assert code == 0
-    assert "took its last step, 6, before: nothing is trained" in output
+    assert "has taken its last step, 6, already. Nothing is trained" in output
     results = [json.loads((each / "result.json").read_text()) for each in (folder, damaged)]
     assert results[0] == results[1] | {"step_milliseconds": results[0]["step_milliseconds"]}
     assert metrics(damaged) == [metrics(folder)[-1]]
@@ -524,17 +524,24 @@ def test_a_folder_that_holds_nothing_of_a_run_is_not_resumed(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.json").write_text("kept")
+    with locked(tmp_path):  # also if it holds a comparison's results
+        pass
     assert "no checkpoint to resume" in wrong_input(command(tmp_path, "--resume"), capsys)
     assert (tmp_path / "results.json").read_text() == "kept"
+    (tmp_path / "results.json").rename(tmp_path / "mine.json")
+    (tmp_path / ".lock").unlink()
+    assert "no checkpoint to resume" in wrong_input(command(tmp_path, "--resume"), capsys)
 
 
-@pytest.mark.parametrize("locked_before", [False, True], ids=["empty", "killed-early"])
+@pytest.mark.parametrize("killed", ["never", "before locks", "early"])
 def test_resuming_without_a_checkpoint_starts_and_says_so(
-    locked_before: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if locked_before:
+    if killed != "never":
+        (tmp_path / "tokenizer.json").write_text("{}")
+    if killed == "early":
         with locked(tmp_path):
-            (tmp_path / "tokenizer.json").write_text("{}")
+            (tmp_path / "metrics.jsonl").write_text("")
     monkeypatch.setattr(pretrain, "train_run", lambda *args: None)
     _, output = run(command(tmp_path, "--resume"))
     assert f"no checkpoint in {tmp_path}: starting from step 0" in output
@@ -758,7 +765,7 @@ def test_an_export_beside_the_files_of_another_model_is_refused(
     for file in (name, "model.safetensors"):
         (tmp_path / file).touch()
     error = wrong_input(command(tmp_path / "run", "--export", str(tmp_path)), capsys)
-    assert f"--export is {tmp_path}, where {name} of another model is" in error
+    assert f"--export is {tmp_path}, which holds {name} of another model" in error
 
 
 # More than a process can address, so that no machine gives it.

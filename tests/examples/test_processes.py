@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from examples.llama.files import locked
 from examples.llama.huggingface import load_llama
 from examples.llama.metrics import read_metrics
 from examples.llama.options import ProcessOptions
@@ -124,6 +125,18 @@ def test_several_processes_train_as_one_and_go_on_as_one(
     ((code, output),) = ended(launch(1, together, "--steps", str(STEPS), "--resume"))
     assert code == 0, output
     assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_all_processes_refuse_a_folder_that_another_run_writes_to(
+    launch: Launch, tmp_path: Path
+) -> None:
+    with locked(tmp_path / "run"):
+        processes = launch(2, tmp_path / "run", "--steps", str(STEPS), "--mesh", "data=2,fsdp=2")
+        (first, output), (second, other) = ended(processes)
+    assert first == second == 2, output + other
+    assert "another run writes to" in output
+    assert "process 0 refuses this run" in other
 
 
 ENDLESS = ["--steps", "100000", "--mesh", "data=2,fsdp=2", "--log-every", "1"]
