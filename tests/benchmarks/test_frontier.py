@@ -189,6 +189,8 @@ def test_what_the_pages_say_of_twice_the_width_and_of_swans_first_step_holds():
     )
     assert f"At twice the width, SWAN is {-wider:.3f} below AdamW, with one seed." in readme
     assert f"factored vocabulary is {-wider:.3f} below AdamW, at" in page
+    for pair in (SWAN._replace(setting="4m"), Pair("4m", "adam", "adam")):
+        assert not next_trials(pair, losses[pair], sweep_of(ROWS, pair))  # its sweep is closed
     choosing = " ".join((ROOT / "docs/choosing.md").read_text(encoding="utf-8").split())
     assert f"At twice the width, SWAN ends {-wider:.3f} below AdamW" in choosing
     assert f"it was {-small:.3f} below" in page
