@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from apollo_optax._apollo import Granularity, Implementation, scale_by_apollo
-from apollo_optax._arguments import require_no_array, require_number
+from apollo_optax._arguments import require_number, require_static
 from apollo_optax._leaves import FACTORED_SIDE, Vocabulary, is_full_size
 from apollo_optax._matrices import WeightDimensionNumbers, axes_of_each_leaf
 from apollo_optax._names import default_dimension_numbers
@@ -147,7 +147,7 @@ def _decay_and_learning_rate(
     for name, decay in zip(("weight_decay", "adam_weight_decay"), weight_decays, strict=True):
         if decay is not None and not callable(decay):
             require_number(name, decay, at_least=0)
-    require_no_array("mask", mask, "None, a tree of booleans or a function of the parameters")
+    require_static("mask", mask, "None, a tree of booleans or a function of the parameters")
     if weight_dimension_numbers is None:
         weight_dimension_numbers = default_dimension_numbers
 

@@ -29,8 +29,12 @@ STATIC_ARGUMENTS = (
 _REMEDY = f"pass static_args={STATIC_ARGUMENTS}, without those that the optimizer does not have"
 
 
-def require_no_array(name: str, value: Any, allowed: str) -> None:
-    """Raises TypeError for what `optax.inject_hyperparams` makes of many: an array or a boolean."""
+def require_static(name: str, value: Any, allowed: str) -> None:
+    """Raises TypeError for an array or a boolean, into which `optax.inject_hyperparams` turns many.
+
+    An argument that is not in `static_args` becomes an array; a function becomes its value at the
+    step count.
+    """
     if isinstance(value, jax.Array | np.ndarray | bool | np.bool_):
         raise TypeError(
             f"{name} must be {allowed}, got {value!r} ({type(value).__name__}). With "
@@ -40,7 +44,7 @@ def require_no_array(name: str, value: Any, allowed: str) -> None:
 
 def require_positive_integer(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a static integer from 1 to 2**31 - 1."""
-    require_no_array(name, value, "a static int")
+    require_static(name, value, "a static int")
     if not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__}).")
     if not 1 <= int(value) < 2**31:

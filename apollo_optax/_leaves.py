@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt32
 
-from apollo_optax._arguments import require_no_array, require_number, require_one_of, wide
+from apollo_optax._arguments import require_number, require_one_of, require_static, wide
 from apollo_optax._matrices import MatrixAxes, low_rank_shape, projection_shape, without_overflow
 from apollo_optax._paths import Path, named_leaves, nest, spell
 from apollo_optax._placement import (
@@ -180,7 +180,7 @@ def require_vocabulary(vocabulary: Any) -> None:
 def require_mu_dtype(mu_dtype: Any) -> None:
     """Raises TypeError unless `mu_dtype` is None or a floating dtype with float32's range."""
     allowed = "None or a floating dtype with the range of float32, such as bfloat16"
-    require_no_array("mu_dtype", mu_dtype, allowed)
+    require_static("mu_dtype", mu_dtype, allowed)
     if mu_dtype is None:
         return
     is_floating = jnp.issubdtype(mu_dtype, jnp.floating)

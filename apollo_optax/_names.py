@@ -40,8 +40,8 @@ _UNTOLD = re.compile(r"(w?q?kv|wq|c_attn|patch)(_.*|$)|.*_output")
 _VOCABULARIES = re.compile(
     r"(?!patch_).*embed(ding|dings|der|_tokens)?$|posembed.*|pos_embedding|wte|wpe|shared_embedding"
 )
-# Modules with several layers may have the second kind of names, up to the whole model.
 _HEADS = re.compile(r"(lm_|output_)head|(to_)?logits?(_?dense)?|unembed(ding)?")
+# Also names of modules with several layers, even of a whole model. Heads only as a leaf's module.
 _HEADS_OF_ONE_LAYER = re.compile(r"head|readout|classifier")
 # At the top of a model only. Further down, they are modules of a layer.
 _TOP_HEADS_AND_VOCABULARIES = {("output", "kernel"), ("output", "weight"), ("shared", "weight")}
@@ -186,13 +186,16 @@ def by_name(
     siblings = {names: of_layer[path] for path, names, _ in leaves}
     found = {}
     for path, names, shape in leaves:
-        axis = axes[path]
-        stacked = axis is None and _is_stacked(names)
+        axis, is_stacked = axes[path], _is_stacked(names)
         one = _named(
-            names, of_layer[path], siblings, vocabulary=project_embeddings, stacked=stacked
+            names,
+            of_layer[path],
+            siblings,
+            vocabulary=project_embeddings,
+            stacked=is_stacked and axis is None,
         )
         # Leaves of (out, in), beside a convolution's, have one first axis too.
-        if path in vectors and (not one.known or (not one.certain and _is_stacked(names))):
+        if path in vectors and (not one.known or (is_stacked and not one.certain)):
             one = Named(None)
         if one.spec and axis is not None:
             one = one._replace(spec=_with_axis(one.spec, axis, len(shape)))

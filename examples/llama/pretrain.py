@@ -250,7 +250,7 @@ def prepare(config: PretrainConfig) -> Plan:
 
 
 def _may_begin(folder: Path) -> bool:
-    """Whether a folder without a checkpoint holds no results, and nothing but a run's files."""
+    """Whether a folder without a checkpoint is empty, or of a run that was killed early."""
     names = {path.name for path in folder.iterdir()}
     return "results.json" not in names and (names <= {_TOKENIZER} or holds_lock(folder))
 
