@@ -323,7 +323,7 @@ def _checked_config(settings: dict[str, Any]) -> LlamaConfig:
         rope_theta=theta,
         rms_norm_eps=_number(settings, "rms_norm_eps", float, default=1e-6),
         rope_scaling=scaling,
-        tied=bool(settings.get("tie_word_embeddings", False)),
+        tied=_is_tied(settings),
     )
     if settings.get("head_dim") not in (None, config.head_dim):
         raise ValueError(
@@ -347,6 +347,15 @@ def _number(
     if not (is_number and 0 < value < math.inf):
         raise ValueError(
             f"{field} in config.json is {value!r}; it should be a positive {kind.__name__}."
+        )
+    return value
+
+
+def _is_tied(settings: dict[str, Any]) -> bool:
+    value = settings.get("tie_word_embeddings", False)
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"tie_word_embeddings in config.json is {value!r}; it should be true or false."
         )
     return value
 

@@ -29,6 +29,9 @@ def open_metrics(
     Yields:
       A function that writes one line. It takes names and values, `step` among them; the event
       files get the numbers.
+
+    Raises:
+      OSError: If a line is damaged and a later one is kept.
     """
     path = folder / _FILE
     _drop_lines_after(path, steps_done)
@@ -67,25 +70,31 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise OSError(
-            f"{path} is damaged ({error}); remove the damaged line, or move the file away to go on "
-            "without the curves"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: ValueError) -> OSError:
+    return OSError(
+        f"{path} is damaged ({error}); remove the damaged line, or move the file away to go on "
+        "without the curves"
+    )
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
+    kept: list[str] = []
+    damage = None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             metrics = json.loads(line)
-        except ValueError:
-            # Only a line that was being written when the process was killed.
-            break
+        except ValueError as error:
+            damage = error  # No harm if nothing is kept of what follows, as after a crash.
+            continue
         if metrics["step"] <= step:
-            kept.append(line.rstrip("\n") + "\n")
+            if damage is not None:
+                raise _damaged(path, damage) from damage
+            kept.append(line + "\n")
     shortened = path.with_suffix(".shortened")
     shortened.write_text("".join(kept), encoding="utf-8")
     os.replace(shortened, path)

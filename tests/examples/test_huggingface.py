@@ -256,6 +256,7 @@ def test_parameters_are_converted_one_tensor_at_a_time_and_placed(folder):
         ({"rope_theta": "10000"}, "rope_theta in config.json is '10000'; .* a positive float"),
         ({"rope_theta": None}, "rope_theta in config.json is None"),
         ({"rms_norm_eps": None}, "rms_norm_eps in config.json is None"),
+        ({"tie_word_embeddings": "false"}, "config.json is 'false'; it should be true or false"),
         ({"max_position_embeddings": "2048"}, "checkpoint: max_position_.* is '2048'"),
         ({"max_position_embeddings": -5}, "max_position_embeddings in config.json is -5"),
         ({"rope_scaling": "llama3"}, "rope_scaling .* is 'llama3'; it should be an object or null"),

@@ -38,6 +38,21 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
     assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5, 0.25]
 
 
+def test_a_damaged_line_before_lines_to_keep_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (1, 2, 3)]
+    damaged = "\n".join([lines[0], lines[1][:7], lines[2]])
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    with (
+        pytest.raises(OSError, match="is damaged .* remove the damaged line"),
+        open_metrics(tmp_path, steps_done=3),
+    ):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == damaged
+    with open_metrics(tmp_path, steps_done=1):
+        pass
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
 def test_a_line_that_lacks_its_end_alone_is_kept(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}))
     with open_metrics(tmp_path, steps_done=1) as write:
