@@ -6,6 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is of `TAB
 check that what stands there is what this would write.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "fine_tuning_plans": fine_tuning_plans.table,
     "frontier": frontier.table,
     "frontier_rules": frontier.rule_table,
-    "frontier_sizes": frontier.size_table,
+    "frontier_long": functools.partial(frontier.setting_table, setting="1m_long"),
+    "frontier_wide": functools.partial(frontier.setting_table, setting="4m"),
     "hbm_traffic": hbm_traffic.table,
     "kill_and_resume": kill_and_resume.table,
     "largest_micro_batch": largest_micro_batch.table,
@@ -88,7 +90,8 @@ _RESULTS_OF = {
     "convergence_rates": "convergence",
     "convergence_sweeps": "convergence",
     "frontier_rules": "frontier",
-    "frontier_sizes": "frontier",
+    "frontier_long": "frontier",
+    "frontier_wide": "frontier",
     "nano_warmups": "nano_learning_rates",
     "roofline_counts": "roofline",
     "roofline_machine": "roofline",

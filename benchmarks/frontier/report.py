@@ -17,7 +17,7 @@ from benchmarks.frontier.training import SETTINGS, Trial, state_bytes
 from benchmarks.rows import RESULTS, Row, read_rows
 from examples.llama.pictures import INK, picture
 
-__all__ = ["Result", "results_of", "rule_table", "size_table", "table"]
+__all__ = ["Result", "results_of", "rule_table", "setting_table", "table"]
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "frontier.png"
 _WIDTH, _HEIGHT = 6.4, 4.2
@@ -57,6 +57,11 @@ class Result(NamedTuple):
     def mean(self) -> float:
         """Mean over the seeds."""
         return statistics.fmean(self.losses)
+
+    @property
+    def bound(self) -> str:
+        """What stands before a loss of the best rates so far."""
+        return "" if self.is_complete else "at most "
 
     @property
     def deviation(self) -> float:
@@ -111,7 +116,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def rule_table(rows: Sequence[Row]) -> str:
     """The other rules for the matrices and SWAN, by the sweep's seed, in Markdown."""
-    found = [result for result in results_of(rows) if result.pair in (SWAN, *OTHER_RULES)]
+    results = _all_results_of(rows, SMALLEST)
+    found = [result for result in results if result.pair in (SWAN, *OTHER_RULES)]
     (of_swan,) = (result.losses[0] for result in found if result.pair == SWAN)
     lines = [
         "| matrices | learning rate | validation loss | above SWAN's | state, of AdamW's |",
@@ -120,39 +126,39 @@ def rule_table(rows: Sequence[Row]) -> str:
     for result in sorted(found, key=lambda result: result.losses[0]):
         loss = result.losses[0]
         lines.append(
-            f"| {HIDDEN[result.pair.hidden].label} | {result.trial.hidden_rate:.2g} | {loss:.3f} "
+            f"| {HIDDEN[result.pair.hidden].label} | {result.trial.hidden_rate:.2g} "
+            f"| {result.bound}{loss:.3f} "
             f"| {loss - of_swan:+.3f} | {result.over_adamw:.1%} |"
         )
     return "\n".join(lines)
 
 
-def size_table(rows: Sequence[Row], setting: str = "4m") -> str:
-    """A larger model beside the smallest, by the sweep's seed, in Markdown.
+def setting_table(rows: Sequence[Row], setting: str) -> str:
+    """A larger model or a longer run beside the smallest, by the sweep's seed, in Markdown.
 
-    In brackets is what a loss is above AdamW's at that size.
+    In brackets is what a loss is above AdamW's at that setting.
     """
-    of_size = [
+    of_setting = [
         {result.pair[1:]: result for result in _all_results_of(rows, name)}
         for name in (SMALLEST, setting)
     ]
 
     def loss(results: Mapping[tuple[str, str], Result], rules: tuple[str, str]) -> str:
         result, of_adamw = results[rules], results["adam", "adam"].losses[0]
-        bound = "" if result.is_complete else "at most "
-        return f"{bound}{result.losses[0]:.3f} ({result.losses[0] - of_adamw:+.3f})"
+        return f"{result.bound}{result.losses[0]:.3f} ({result.losses[0] - of_adamw:+.3f})"
 
     labels = " | ".join(SETTINGS[name].label for name in (SMALLEST, setting))
     lines = [
         f"| matrices | vocabulary | {labels} | learning rates | state, of AdamW's |",
         "| --- | --- | ---: | ---: | --- | ---: |",
     ]
-    larger = sorted(of_size[1].values(), key=lambda result: result.losses[0])
+    larger = sorted(of_setting[1].values(), key=lambda result: result.losses[0])
     for result in larger:
         rules = result.pair[1:]
         cells = [
             HIDDEN[rules[0]].label,
             VOCABULARY[rules[1]].label,
-            *(loss(results, rules) for results in of_size),
+            *(loss(results, rules) for results in of_setting),
             ", ".join(f"{rate:.2g}" for rate in result.trial[:3]),
             f"{result.over_adamw:.1%}",
         ]

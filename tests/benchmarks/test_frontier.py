@@ -206,6 +206,22 @@ def test_what_the_pages_say_of_twice_the_width_and_of_swans_first_step_holds():
     assert apollo.hidden_rate == best_trial(of_apollo).hidden_rate / 2
 
 
+def test_what_the_page_says_of_other_rates_of_swans_vocabulary_holds():
+    of_tokens = rows_of(ROWS, SWAN)
+    best = best_trial(of_tokens)
+    halved = best._replace(vocabulary_rate=best.vocabulary_rate / 2)
+    lost = {30: of_tokens[halved] - of_tokens[best]}
+    of_bytes = {
+        (row["learning_rate"], row["vocabulary_learning_rate"]): row["validation_loss"]
+        for row in read_rows(RESULTS / "nano_learning_rates.json")
+        if row["name"] == "swan"
+    }
+    lost[15] = of_bytes[0.004, 0.06] - of_bytes[0.004, 0.004]
+    choosing = (ROOT / "docs/choosing.md").read_text(encoding="utf-8")
+    assert f"| 60x | 30x lost {lost[30]:.3f} |" in choosing
+    assert f"| 1x | 15x lost {lost[15]:.2f} |" in choosing
+
+
 @pytest.mark.filterwarnings("ignore:rank=:UserWarning")
 def test_state_of_real_models_is_what_describe_says():
     rows = read_rows(state_sizes.OUTPUT)
