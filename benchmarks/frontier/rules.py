@@ -260,9 +260,6 @@ HIDDEN: Mapping[str, Rule] = {
         _chain(_momentum_in_a_basis(16, 0.95), _swan),
         4e-3,
     ),
-    "apollo_whitened": Rule(
-        "APOLLO, r = 1/8, then whitened", _chain(_apollo(_eighth), _swan), 4e-3
-    ),
     "apollo_orthogonalized": Rule(
         "APOLLO, r = 1/8, then orthogonalized",
         _chain(_apollo(_eighth), _stateless(_orthogonalized)),
