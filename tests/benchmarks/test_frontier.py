@@ -204,6 +204,35 @@ def test_what_the_pages_say_of_twice_the_width_holds():
     assert apollo.hidden_rate == best_trial(of_apollo).hidden_rate / 2
 
 
+def test_what_the_pages_say_of_four_times_the_steps_holds():
+    def above(rules: tuple[str, str], setting: str) -> float:
+        of_rules, of_adamw = (
+            rows_of(ROWS, Pair(setting, *names)) for names in (rules, ("adam", "adam"))
+        )
+        return of_rules[best_trial(of_rules)] - of_adamw[best_trial(of_adamw)]
+
+    swan, apollo = ("whitened", "factored"), ("apollo_quarter", "adam")
+    of_swan, of_apollo = (above(rules, "1m_long") for rules in (swan, apollo))
+    readme, page, choosing = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/benchmarks.md", "docs/choosing.md")
+    )
+    told = f"SWAN is {of_swan:.3f} above AdamW, and APOLLO is {of_apollo:.3f} above, with one seed"
+    assert told in readme
+    assert f"SWAN ends {of_swan:.3f} above AdamW, and APOLLO {of_apollo:.3f} above" in choosing
+    assert (
+        f"is {-above(swan, '1m'):.3f} below AdamW after 500 steps, and {of_swan:.3f} above after "
+        f"2,000. APOLLO is then {of_swan - of_apollo:.3f} below SWAN."
+    ) in page
+    assert (
+        f"is {above(apollo, '1m'):.3f} above after 500 steps, and {of_apollo:.3f} above after"
+    ) in page
+    losses = rows_of(ROWS, Pair("1m_long", *swan))
+    best = best_trial(rows_of(ROWS, SWAN))
+    half = best._replace(hidden_rate=best.hidden_rate / 2, vocabulary_rate=best.vocabulary_rate / 2)
+    assert f"which ends {losses[half] - losses[best]:.3f} higher" in page
+
+
 def test_what_the_page_says_of_other_rules_holds():
     page = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
     of_swan = rows_of(ROWS, SWAN)[best_trial(rows_of(ROWS, SWAN))]
