@@ -230,6 +230,8 @@ def test_what_the_pages_say_of_four_times_the_steps_holds():
     losses = rows_of(ROWS, Pair("1m_long", *swan))
     best = best_trial(rows_of(ROWS, SWAN))
     half = best._replace(hidden_rate=best.hidden_rate / 2, vocabulary_rate=best.vocabulary_rate / 2)
+    twice = best._replace(hidden_rate=2 * best.hidden_rate)
+    assert f"which ends {losses[best] - losses[twice]:.3f} lower" in page
     assert f"which ends {losses[half] - losses[best]:.3f} higher" in page
 
 
@@ -243,8 +245,8 @@ def test_what_the_page_says_of_other_rules_holds():
             above[pair.hidden] = losses[best_trial(losses)] - of_swan
             size = training.state_bytes(training.SETTINGS["1m"], *pair[1:])
             state[pair.hidden] = size / of_adamw
-    assert f"momentum is worth at least {-above['muon']:.3f}, with the same" in page
-    assert f"vocabulary and {state['muon']:.0%} of AdamW's" in page
+    assert f"Muon ends at least {-above['muon']:.3f} below SWAN with the same vocabulary" in page
+    assert f"Its momentum takes {state['muon']:.0%} of AdamW's state" in page
     assert f"the loss is {above['orthogonalized']:.3f} above SWAN's" in page
     apollo = "apollo_orthogonalized"
     assert f"keep {state[apollo]:.0%} of AdamW's state, and end {above[apollo]:.3f} above" in page
