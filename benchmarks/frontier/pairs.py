@@ -31,29 +31,20 @@ _VOCABULARY_RULES = (
     ("whitened", "head_momentum_quarter"),
     ("whitened", "head_factored_momentum"),
     ("whitened", "token"),
-    ("whitened", "head_momentum"),
     ("whitened", "factored_momentum"),
     ("apollo_quarter", "apollo"),
-    ("apollo_mini", "apollo_mini"),
-    ("whitened", "token_fast"),
-    ("apollo_mini", "token"),
-    ("whitened", "head_adam"),
 )
 _HIDDEN_RULES = (
     "orthogonalized",
     "neuron",
     "one_bit_muon",
+    "low_rank_muon",
     "whitened_basis",
     "apollo_orthogonalized",
     "swan",
     "sinkhorn",
     "racs",
     "muon",
-    "adam",
-    "factored",
-    "apollo_eighth",
-    "lion",
-    "sign",
 )
 
 
@@ -73,6 +64,7 @@ PAIRS = (
     *OTHER_RULES[:8],
     *_pairs("1m_batch", _OF_ALL_SIZES[:4]),
     *_pairs("1m_long", _OF_ALL_SIZES[:4]),
+    Pair("1m_long", "whitened", "head_factored_momentum"),
     *_pairs("1m", _VOCABULARY_RULES[4:]),
     *OTHER_RULES[8:],
     *_pairs("4m", _OF_ALL_SIZES[4:]),

@@ -160,6 +160,46 @@ def _one_bit_muon(beta: float) -> Make:
     return lambda width, seed: optax.GradientTransformation(init, update)
 
 
+def _low_rank_muon(rank: int, beta: float) -> Make:
+    """LoRA-Pre's Muon (arXiv:2602.24283): the momentum is a product of two factors fitted online.
+
+    `B <- (1 - c) B + c G A^T (A A^T)^-1` and `A <- (1 - c) A + c (B^T B)^-1 B^T G`, with
+    `(1 - c)^2 = beta`. A starts with random orthonormal rows, B at zero.
+    """
+    keep = math.sqrt(beta)
+
+    def inverse(gram: Array) -> Array:
+        size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / rank
+        return jnp.linalg.inv(gram + (1e-4 * size + _TINY) * jnp.eye(rank)[None])
+
+    def update_one(g: Array, B: Array, A: Array) -> tuple[Array, Array, Array]:
+        At, Bt = jnp.swapaxes(A, -1, -2), jnp.swapaxes(B, -1, -2)
+        B, A = (
+            keep * B + (1 - keep) * (g @ At) @ inverse(A @ At),
+            keep * A + (1 - keep) * inverse(Bt @ B) @ (Bt @ g),
+        )
+        return _orthogonalized(beta * (B @ A) + (1 - beta) * g), B, A
+
+    def init(params: PyTree) -> tuple[PyTree, PyTree]:
+        def rows(p: Array) -> Array:
+            drawn = jax.random.normal(jax.random.key(p.shape[-1]), (p.shape[-1], rank))
+            return jnp.broadcast_to(jnp.linalg.qr(drawn)[0].T, (p.shape[0], rank, p.shape[-1]))
+
+        return jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], rank)), params), jax.tree.map(
+            rows, params
+        )
+
+    def update(
+        updates: PyTree, state: tuple[PyTree, PyTree], params: PyTree | None = None
+    ) -> tuple[PyTree, tuple[PyTree, PyTree]]:
+        leaves, treedef = jax.tree.flatten(updates)
+        results = map(update_one, leaves, *map(treedef.flatten_up_to, state))
+        direction, *kept = (treedef.unflatten(one) for one in zip(*results, strict=True))
+        return direction, tuple(kept)
+
+    return lambda width, seed: optax.GradientTransformation(init, update)
+
+
 def _momentum_in_a_basis(rank: int, beta: float) -> Make:
     """The raw gradient, but in a fixed random basis of its inputs its momentum."""
 
@@ -243,7 +283,6 @@ HIDDEN: Mapping[str, Rule] = {
     "adam": Rule("Adam", _adam, 2e-3),
     "muon": Rule("Muon", _muon, 2e-3),
     "apollo_quarter": Rule("APOLLO, r = 1/4", _apollo(lambda width: width // 4), 2e-2),
-    "apollo_eighth": Rule("APOLLO, r = 1/8", _apollo(_eighth), 4e-2),
     "apollo_mini": Rule("APOLLO-Mini", _mini, 4e-2),
     "whitened": Rule("SWAN", _swan, 4e-3),
     "swan": Rule("SWAN, with the mean taken off", _chain(_stateless(_centered), _swan), 4e-3),
@@ -251,15 +290,13 @@ HIDDEN: Mapping[str, Rule] = {
     "sinkhorn": Rule("SinkGD", _stateless(_sinkhorn), 4e-3),
     "neuron": Rule("SCALE", _stateless(lambda g: g / _rms(g, -2)), 4e-3),
     "racs": Rule("RACS", _racs, 4e-3),
-    "factored": Rule("factored second moment", _small("factored"), 4e-3),
-    "lion": Rule("Lion", lambda width, seed: optax.scale_by_lion(), 4e-4),
-    "sign": Rule("sign of the gradient", _stateless(jnp.sign), 2e-3),
     "one_bit_muon": Rule("Muon, momentum of one bit", _one_bit_muon(0.98), 2e-3),
     "whitened_basis": Rule(
         "whitened, momentum in a random basis",
         _chain(_momentum_in_a_basis(16, 0.95), _swan),
         4e-3,
     ),
+    "low_rank_muon": Rule("Muon, momentum of rank 8", _low_rank_muon(8, 0.95), 2e-3),
     "apollo_orthogonalized": Rule(
         "APOLLO, r = 1/8, then orthogonalized",
         _chain(_apollo(_eighth), _stateless(_orthogonalized)),
@@ -330,15 +367,8 @@ VOCABULARY: Mapping[str, Rule] = {
     "adam": Rule("Adam", _adam, 3e-2),
     "factored": Rule("factored second moment", _small("factored"), 3e-2),
     "token": Rule("second moment a token, b2 = 0.999", _token_moment(0.999), 3e-2),
-    "token_fast": Rule("second moment a token, b2 = 0.99", _token_moment(0.99), 3e-2),
     "factored_momentum": Rule(
         "factored, with momentum (bfloat16)", _small("factored_momentum"), 3e-2
-    ),
-    "head_adam": Rule("embedding factored, head Adam", _of_both(_small("factored"), _adam), 3e-2),
-    "head_momentum": Rule(
-        "embedding factored, head momentum (bfloat16) by token",
-        _of_both(_small("factored"), _normalized_momentum(1.0)),
-        3e-2,
     ),
     "head_momentum_quarter": Rule(
         "embedding factored, head momentum (bfloat16) by token at a quarter of the rate",
@@ -351,6 +381,5 @@ VOCABULARY: Mapping[str, Rule] = {
         3e-2,
     ),
     "apollo": Rule("APOLLO, r = 1/4", _apollo(lambda width: width // 4), 0.25),
-    "apollo_mini": Rule("APOLLO-Mini", _mini, 0.25),
 }
 """By name: what trains embedding and head."""

@@ -117,6 +117,18 @@ def assert_directions(rule: Rule, params: dict[str, Any]) -> None:
         assert jnp.sum(u * drawn[name]) > 0.2 * jnp.linalg.norm(u) * jnp.linalg.norm(drawn[name])
 
 
+def test_the_factors_of_a_low_rank_momentum_find_a_gradient_of_low_rank_through_noise():
+    rule = HIDDEN["low_rank_muon"].make(64, 0)
+    left, right = (jax.random.normal(jax.random.key(n), (2, 48, 4)) for n in range(2))
+    low = left @ jnp.swapaxes(right, -1, -2)
+    state, update = rule.init({"w": low}), jax.jit(rule.update)
+    for step in range(200):
+        noise = 2 * jax.random.normal(jax.random.key(step), low.shape)
+        _, state = update({"w": low + noise}, state)
+    B, A = (factor["w"] for factor in state)
+    assert jnp.linalg.norm(B @ A - low) < 0.2 * jnp.linalg.norm(low)
+
+
 @pytest.mark.release
 @pytest.mark.parametrize(("hidden", "vocabulary"), [("whitened", "factored"), ("muon", "adam")])
 def test_models_side_by_side_are_trained_as_alone(hidden, vocabulary):
