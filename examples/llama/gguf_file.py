@@ -134,7 +134,7 @@ class GgufFile:
 
     def files(self) -> dict[str, bytes]:
         """Returns what a folder has beside weights and tokenizer, by the names of the files."""
-        tokens = self._field("tokenizer.ggml.tokens")
+        tokens = self._strings("tokenizer.ggml.tokens")
         special = {}
         for name in ("bos", "eos", "unk"):
             number = self._field(f"tokenizer.ggml.{name}_token_id", None)
@@ -158,7 +158,7 @@ class GgufFile:
         Raises:
           ValueError: If the tokenizer is of a kind that is not supported.
         """
-        tokens = self._field("tokenizer.ggml.tokens")
+        tokens = self._strings("tokenizer.ggml.tokens")
         return self._tokenizer(tokens).to_str(pretty=True).encode()
 
     def _field(self, name: str, *default: Any) -> Any:
@@ -168,6 +168,12 @@ class GgufFile:
         if default:
             return default[0]
         raise ValueError(f"{self.path} has no {name}; a LLaMA model's GGUF file needs it")
+
+    def _strings(self, name: str) -> list[str]:
+        value = self._field(name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{self.path}: {name} is {value!r:.40}; it should list strings")
+        return value
 
     def _settings(self) -> dict[str, Any]:
         heads = self._field("llama.attention.head_count")
@@ -239,7 +245,7 @@ class GgufFile:
                 f"{self.path}: the tokenizer is {kind!r}, words as {words!r}; read are 'gpt2' "
                 f"with words as {', '.join(supported)}. Give --tokenizer the model's tokenizer.json"
             )
-        merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
+        merges = [tuple(merge.split(" ")) for merge in self._strings("tokenizer.ggml.merges")]
         vocabulary = {token: number for number, token in enumerate(tokens)}
         for merge in merges:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():

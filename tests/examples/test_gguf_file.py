@@ -80,7 +80,7 @@ def write_gguf(
     writer.add_tokenizer_model(fields.get("tokenizer", "gpt2"))
     writer.add_tokenizer_pre(fields.get("pre", "smollm"))
     tokens = [*byte_tokens(), "he", "12", "<|im_start|>", "<|im_end|>", "<user>", "Ġa"]
-    writer.add_token_list(tokens)
+    writer.add_token_list(fields.get("tokens", tokens))
     writer.add_token_types(fields.get("types", [1] * 258 + [3, 3, 4, 1]))
     writer.add_token_merges(fields.get("merges", ["h e", "1 2", "Ġ a"]))
     writer.add_bos_token_id(258)
@@ -224,6 +224,10 @@ def test_what_llama_does_not_have_is_named(
         ({"merges": ["h e x"]}, r"model\.gguf: tokenizer\.ggml\.merges has 'h e x'; a merge is"),
         ({"merges": ["h e", "h"]}, "merges has 'h'; a merge is two tokens"),
         ({"merges": ["h x"]}, "merges has 'h x'; .* which joined are a token too"),
+        (
+            {"merges": [1, 2]},
+            r"tokenizer\.ggml\.merges is \[1, 2\]; it should list strings",
+        ),
         ({"types": [1]}, r"model\.gguf: tokenizer\.ggml\.token_type has 1 types for 262 tokens"),
     ],
 )
@@ -246,6 +250,12 @@ def test_a_model_whose_tokenizer_is_of_another_kind_is_saved_without_it(tmp_path
 def test_a_special_token_that_is_none_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", CONFIG, random_params(CONFIG), eos=262)
     with pytest.raises(ValueError, match=r"eos_token_id is 262; the tokens are 0 to 261"):
+        describe_llama(tmp_path / "model.gguf")
+
+
+def test_tokens_that_are_no_strings_are_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", CONFIG, random_params(CONFIG), tokens=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"ggml\.tokens is \[1, 2, 3\]; it should list strings"):
         describe_llama(tmp_path / "model.gguf")
 
 
