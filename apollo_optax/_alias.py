@@ -145,7 +145,8 @@ def _decay_and_learning_rate(
     stands for the number or schedule before it.
     """
     for name, decay in zip(("weight_decay", "adam_weight_decay"), weight_decays, strict=True):
-        if decay is not None and not callable(decay):
+        is_optional = name == "adam_weight_decay"
+        if not (callable(decay) or (decay is None and is_optional)):
             require_number(name, decay, at_least=0)
     require_static("mask", mask, "None, a tree of booleans or a function of the parameters")
     if weight_dimension_numbers is None:

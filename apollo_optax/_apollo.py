@@ -17,7 +17,7 @@ from apollo_optax._arguments import (
     require_positive_integer,
     wide,
 )
-from apollo_optax._keys import require_key, wrap_like
+from apollo_optax._keys import require_key, threefry_key
 from apollo_optax._leafwise import LeafAxes, MatrixRule, Projections, scale_leaves
 from apollo_optax._leaves import (
     MANY_WEIGHTS,
@@ -259,9 +259,8 @@ def scale_by_apollo(
             if (matrix := axes[path])
         }
         refresh = state.count // update_proj_gap
-        return draw_projections(
-            projection, wrap_like(state.key, key), refresh, shapes, first_layer
-        ), {}
+        key_of_all = threefry_key(state.key)
+        return draw_projections(projection, key_of_all, refresh, shapes, first_layer), {}
 
     def check(named: list[tuple[Path, Any]], axes: LeafAxes) -> None:
         _warn_of_whole_ranks(named, axes, rank)

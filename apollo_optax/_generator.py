@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt32
 
+from apollo_optax._keys import threefry_key
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
@@ -53,12 +55,10 @@ def random_words(
       columns: The number of columns of both arrays.
     """
     shape = (rows, columns)
-    if str(jax.random.key_impl(key)) != "threefry2x32":
-        words = jax.random.bits(jax.random.fold_in(key, stream), (2, *shape), jnp.uint32)
-        return words[0], words[1]
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
     high = jnp.full(shape, jnp.asarray(stream, jnp.uint32))
-    return threefry2x32(jax.random.key_data(key), high, row * jnp.uint32(columns) + column)
+    words = jax.random.key_data(threefry_key(jax.random.key_data(key)))
+    return threefry2x32(words, high, row * jnp.uint32(columns) + column)
 
 
 def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt32[Array, "..."]:

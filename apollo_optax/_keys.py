@@ -45,8 +45,13 @@ def key_data(key: int | PRNGKeyArray) -> UInt32[Array, "..."]:
     return jnp.copy(jax.random.key_data(key) if _is_typed(key) else key)
 
 
-def wrap_like(data: UInt32[Array, "..."], key: int | PRNGKeyArray) -> PRNGKeyArray:
-    """Returns the typed key of `data`, with the generator of `key`."""
-    if _is_seed(key):
-        return jax.random.wrap_key_data(data, impl=_SEED_IMPLEMENTATION)
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+def threefry_key(data: UInt32[Array, " words"]) -> PRNGKeyArray:
+    """Returns a Threefry key from the data of any generator's key.
+
+    JAX's `rbg` generators draw for a whole batch of keys from the first key. The projection of a
+    matrix would then depend on the matrices beside it.
+    """
+    key = jax.random.wrap_key_data(data[:2], impl=_SEED_IMPLEMENTATION)
+    for word in data[2:]:
+        key = jax.random.fold_in(key, word)
+    return key

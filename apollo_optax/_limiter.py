@@ -81,7 +81,7 @@ def limit_norm_growth(
       >>> from apollo_optax import limit_norm_growth
       >>> tx = optax.chain(optax.scale_by_adam(), limit_norm_growth(1.01), optax.scale(-0.001))
     """
-    require_number("limit", limit, above=1)
+    require_number("limit", limit, above=1, precise=True)
 
     def batch_axes_of(tree: PyTree, *, quiet: bool) -> dict[Path, tuple[int, ...]]:
         if weight_dimension_numbers is None:

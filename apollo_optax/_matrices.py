@@ -160,9 +160,10 @@ def stacked_vectors(leaves: list[tuple[Path, Any]]) -> set[Path]:
 
 def _longest_prefix(specs: PyTree, path: Path) -> Any:
     """Returns the specification at `path`, or at the subtree that holds the leaf."""
-    for end in range(len(path), -1, -1):
+    # Beside None, the attribute `value` of a module is not taken for the accessor of a box.
+    for prefix in ((*path, "value"), *(path[:end] for end in range(len(path), -1, -1))):
         try:
-            spec = lookup(specs, path[:end])
+            spec = lookup(specs, prefix)
         except KeyError:
             continue
         if spec is None or is_dimension_numbers(spec):

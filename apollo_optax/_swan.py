@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float
 from apollo_optax._arguments import wide
 from apollo_optax._leafwise import MatrixRule, scale_leaves
 from apollo_optax._leaves import Hyperparameters, LeafState, Vocabulary
+from apollo_optax._magnitudes import largest_magnitude
 from apollo_optax._matrices import (
     MatrixAxes,
     WeightDimensionNumbers,
@@ -35,7 +36,7 @@ def whiten(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "*leaf"]:
     X = G.astype(wide(G.dtype))
     sides = (*axes.projected, *axes.channel)
     # Scaled first, so that squares neither overflow nor underflow.
-    largest = jnp.max(jnp.abs(X), axis=sides, keepdims=True)
+    largest = largest_magnitude(X, sides)
     X = jnp.where(jnp.isfinite(largest), X / _or_one(largest), 0)
     X = X / _or_one(jnp.sqrt(jnp.mean(jnp.square(X), axis=axes.reduction, keepdims=True)))
 

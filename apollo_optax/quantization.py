@@ -19,6 +19,7 @@ that is sliced out of a stacked `QArray` is a `QArray`.
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +29,7 @@ from jax.lax import optimization_barrier
 from jaxtyping import Array, Float, Int8, PRNGKeyArray, PyTree
 
 from apollo_optax._arguments import require_one_of, require_positive_integer
+from apollo_optax._magnitudes import largest_magnitude
 from apollo_optax._matrices import ApolloDimensionNumbers
 from apollo_optax._names import LARGEST_WINDOW, by_name
 from apollo_optax._paths import Path, named_arrays, named_leaves, spell
@@ -333,7 +335,7 @@ def _quantize_leaf(path: Path, leaf: Array, axis: int, rule: QuantizationRule) -
             f"The rule quantizes {spell(path)}, which has dtype {leaf.dtype}; allowed are real "
             f"floating dtypes. To leave {spell(path)} unchanged, give None as its axis."
         )
-    if not isinstance(axis, int):
+    if not isinstance(axis, numbers.Integral) or isinstance(axis, bool):
         raise TypeError(
             f"The rule groups {spell(path)} along axis {axis!r} ({type(axis).__name__}); allowed "
             f"are an int, and None to leave {spell(path)} unchanged."
@@ -352,7 +354,7 @@ def _quantize_leaf(path: Path, leaf: Array, axis: int, rule: QuantizationRule) -
 def _to_nearest(weights: Float[Array, "*leaf"], scale_shape: tuple[int, ...]) -> QArray:
     split_shape, entry_axes = _split(weights.shape, scale_shape)
     split = weights.astype(jnp.float32).reshape(split_shape)
-    scale = _scale_for(jnp.max(jnp.abs(split), axis=entry_axes, keepdims=True))
+    scale = _scale_for(largest_magnitude(split, entry_axes))
     steps = _steps_of(split, scale, key=None)
     return QArray(steps.reshape(weights.shape), scale.reshape(scale_shape))
 

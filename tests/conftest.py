@@ -8,7 +8,15 @@ import jaxtyping
 import pytest
 
 # Shapes and dtypes that the annotations state hold in every call, where no test gives wrong ones.
-CHECKED = ("_generator", "_limiter", "_matrices", "_placement", "_projections", "experimental")
+CHECKED = (
+    "_generator",
+    "_limiter",
+    "_magnitudes",
+    "_matrices",
+    "_placement",
+    "_projections",
+    "experimental",
+)
 if importlib.util.find_spec("beartype"):  # it comes with the [test] extra
     importlib.import_module("tests.typecheck")
     jaxtyping.install_import_hook(

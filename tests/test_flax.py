@@ -237,6 +237,17 @@ def test_a_leaf_that_is_really_called_value_keeps_its_name():
         assert set(state[0].mu["attention"]) == {"key", "value"}
 
 
+def test_a_module_that_has_an_array_named_value_beside_none_is_a_matrix():
+    class Layer(eqx.Module):
+        value: Any
+        bias: Any = None
+
+    params = {"a": Layer(jnp.ones((6, 9)))}
+    for given in (None, {"a": Layer(ApolloDimensionNumbers(0, 1))}):
+        state = apollo(0.01, 4, weight_dimension_numbers=given).init(params)
+        assert state[0].mu["a"].shape == (4, 9)
+
+
 def specs(params):
     return transformer_dimension_numbers(params)
 

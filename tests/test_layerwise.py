@@ -713,6 +713,30 @@ def test_a_guarded_step_leaves_all_from_the_layer_on_whose_gradient_is_infinite(
     chex.assert_tree_all_finite((after, state_after))
 
 
+@pytest.mark.parametrize("bad", ["w", "table", "out"])
+def test_a_guarded_step_sees_one_nan_in_a_large_gradient(bad):
+    def x_and_nan(x, weights):
+        """x, and 0 whose gradient is NaN where a weight is 0."""
+        return x + 0 * jnp.sum(jnp.sqrt(jnp.abs(weights)))
+
+    model = layerwise.LayerwiseModel(
+        embed=lambda rest, batch: x_and_nan(batch @ rest["table"], rest["table"]),
+        block=lambda block, x: x_and_nan(jnp.tanh(x @ block["w"]), block["w"]),
+        loss=lambda rest, x, batch: jnp.mean(x_and_nan(x @ rest["out"], rest["out"]) ** 2),
+    )
+    w, table, out = (jax.random.normal(jax.random.key(i), (64, 64)) / 8 for i in range(3))
+    params = {"blocks": {"w": w[None]}, "rest": {"table": table, "out": out}}
+    part = params["blocks" if bad == "w" else "rest"]
+    part[bad] = part[bad].at[..., 3, 4].set(0.0)
+    tx = optax.adamw(0.01)
+    step = jax.jit(layerwise.make_guarded_step(model, tx))
+    after, state, loss, report = step(params, layerwise.init(tx, params), jnp.ones((2, 64)))
+    assert jnp.isfinite(loss)
+    assert jnp.isnan(report.largest)
+    assert report.moved == {"out": 0, "w": 1, "table": 2}[bad]
+    chex.assert_tree_all_finite((after, state))
+
+
 def test_a_guarded_step_without_any_gradient_changes_nothing():
     tx, params = ROOTS_TX["adamw"](), roots_params()
     params["rest"]["out"] = jnp.zeros((4, 2))

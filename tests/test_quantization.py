@@ -228,6 +228,7 @@ def test_rule_chooses_leaves_axes_and_sizes():
         ({"a": jnp.ones((0, 4))}, {"axes": 0}, ValueError, r"\(0, 4\) .*is empty"),
         ({"a": jnp.ones((4, 4))}, {"axes": {"b": 0}}, ValueError, r"metadata\s+\('b',\)"),
         ({"a": jnp.ones((4, 4))}, {"axes": "in"}, TypeError, "axis 'in'"),
+        ({"a": jnp.ones((4, 4))}, {"axes": True}, TypeError, "axis True"),
         ({}, {"group_size": 0}, ValueError, "group_size must be an int >= 1 and .*, got 0"),
         ({}, {"group_size": 12.5}, TypeError, "group_size must be an int >= 1"),
     ],
@@ -235,6 +236,11 @@ def test_rule_chooses_leaves_axes_and_sizes():
 def test_rules_that_do_not_fit_are_refused(params, rule, error, match):
     with pytest.raises(error, match=match):
         quantize(params, QuantizationRule(**rule))
+
+
+def test_an_axis_may_be_numpys_integer():
+    leaf = quantize(normal((256, 3)), QuantizationRule(axes=np.int64(0)))
+    assert leaf.scale.shape == (2, 3)
 
 
 def test_bytes_a_parameter():
@@ -381,7 +387,14 @@ def test_what_is_not_finite_shows_in_its_group_and_stays(value):
     np.testing.assert_array_equal(np.asarray(moved.qvalue)[poisoned], 0)
     later = apply_updates(moved, jnp.full((256, 3), 1e-4), jax.random.key(1))
     np.testing.assert_array_equal(np.isnan(dequantize(later)), poisoned)
-    weights = normal((256, 3)).at[7, 1].set(value)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+@pytest.mark.parametrize("columns", [3, 64])
+def test_what_is_not_finite_in_weights_shows_in_its_group(columns, value):
+    weights = normal((256, columns)).at[7, 1].set(value)
+    poisoned = np.zeros((256, columns), bool)
+    poisoned[:128, 1] = True
     np.testing.assert_array_equal(np.isnan(dequantize(quantize(weights))), poisoned)
 
 

@@ -170,7 +170,7 @@ def describe(
     if not is_optimizer:
         optimizer = default_dimension_numbers if optimizer is None else optimizer
         axes = axes_of_each_leaf(optimizer, arrays, quiet=True)
-        optimizer = scale_by_apollo(rank or 1, weight_dimension_numbers=optimizer)
+        optimizer = scale_by_apollo(1 if rank is None else rank, weight_dimension_numbers=optimizer)
     kinds: dict[Path, tuple[str, str, str]] = {
         path: (MATRIX if of_leaf else "", _axes(of_leaf), "") for path, of_leaf in axes.items()
     }

@@ -10,6 +10,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import partial_eval
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from apollo_optax._magnitudes import largest_of_tree
 from apollo_optax._paths import replaced
 from apollo_optax.layerwise._model import (
     EXACT,
@@ -312,7 +313,7 @@ def _updater(
         )
         if accepted is None:
             return updated, new.shared, None
-        size = jnp.asarray(optax.tree.norm(grads, ord=jnp.inf), jnp.float32)
+        size = largest_of_tree(grads)
         largest = jnp.maximum(report.largest, size)
         moves = accepted & (largest < _SQUARES_OVERFLOW) & (size > 0)
         has_leaves = bool(jax.tree.leaves(grads))

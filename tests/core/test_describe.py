@@ -104,6 +104,8 @@ def test_specifications_stand_for_the_optimizer_that_takes_them():
     assert table.state_bytes == describe(PARAMS, tx).state_bytes
     assert {row.path: row.axes for row in table}["layers/*/up"] == "projected 0, channels 1"
     assert describe(PARAMS, specs).rows == describe(PARAMS, specs, rank=1).rows
+    with pytest.raises(ValueError, match="rank must be an int >= 1 .*, got 0"):
+        describe(PARAMS, specs, rank=0)
 
 
 def test_full_size_state_is_remarked():

@@ -76,6 +76,8 @@ def test_mask_limits_weight_decay():
 def test_negative_weight_decay_is_refused():
     with pytest.raises(ValueError, match="weight_decay must be .*>= 0, got -1"):
         apollo(0.01, weight_decay=-1)
+    with pytest.raises(TypeError, match="weight_decay must be .*>= 0, got None"):
+        apollo(0.01, weight_decay=None)
 
 
 def test_chains_with_clipping():

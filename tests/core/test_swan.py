@@ -83,10 +83,12 @@ def test_gradients_of_any_size_are_whitened_alike(size):
     np.testing.assert_allclose(whitened(size * g), whitened(g), rtol=1e-2, atol=1e-2)
 
 
-def test_nothing_comes_of_nothing_and_of_what_is_not_finite():
-    g = gradient(2, 24, 60)
+@pytest.mark.parametrize("value", [jnp.inf, jnp.nan])
+@pytest.mark.parametrize("shape", [(24, 60), (64, 100)], ids=str)
+def test_nothing_comes_of_nothing_and_of_what_is_not_finite(shape, value):
+    g = gradient(2, *shape)
     np.testing.assert_array_equal(whitened(0 * g), 0)
-    one_bad = whitened(g.at[1, 0, 0].set(jnp.inf))
+    one_bad = whitened(g.at[1, 0, 0].set(value))
     np.testing.assert_allclose(one_bad[0], whitened(g)[0], atol=1e-5)
     np.testing.assert_array_equal(one_bad[1], 0)
 

@@ -343,11 +343,24 @@ def test_key_may_be_a_seed_or_a_key_and_survives_donation():
     tx.init(jnp.eye(6))
 
 
-def test_keys_of_another_generator_are_redrawn_from_the_state():
-    key = jax.random.key(0, impl="rbg")
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_with_keys_of_another_generator_a_projection_depends_on_its_own_matrix_alone(
+    implementation,
+):
+    key = jax.random.key(7, impl=implementation)
     first, second = projections_in_use(2, 1, key=key)
     assert np.all(np.isfinite(first))
     assert not np.array_equal(first, second)
+
+    tx = scale_by_apollo(3, key=key, weight_dimension_numbers=ApolloDimensionNumbers(-2, -1))
+    stack = {"w": normal(2, 6, 9)}
+    of_stack, _ = tx.update(stack, tx.init(stack))
+    beside = stack | {"a": normal(2, 6, 9, seed=1)}
+    of_both, _ = tx.update(beside, tx.init(beside))
+    np.testing.assert_array_equal(of_both["w"], of_stack["w"])
+    layer = {"w": stack["w"][1:]}
+    of_layer, _ = tx.update(layer, tx.init(layer), first_layer=1)
+    np.testing.assert_allclose(of_layer["w"], of_stack["w"][1:], rtol=1e-5)
 
 
 def test_leaves_that_are_not_matrices_are_adams():
@@ -500,6 +513,12 @@ def test_bad_arguments_are_refused_at_construction(arguments, error, match):
 def test_limits_that_cannot_work_are_refused(limit):
     with pytest.raises(ValueError, match="limit must be .*> 1"):
         limit_norm_growth(limit)
+
+
+def test_a_limit_that_is_1_in_bfloat16_is_refused():
+    tx = optax.inject_hyperparams(limit_norm_growth)(limit=1.003)
+    with pytest.raises(TypeError, match=r"limit is a bfloat16 array.*hyperparam_dtype"):
+        tx.init(jnp.ones(3, jnp.bfloat16))
 
 
 @pytest.mark.parametrize(

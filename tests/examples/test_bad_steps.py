@@ -70,6 +70,14 @@ def test_a_bad_step_changes_nothing_but_its_count(batch: Any, cause: str, dtype:
     assert np.any(state.params["w"] != before.params["w"])
 
 
+def test_one_nan_in_a_large_gradient_is_seen() -> None:
+    tx = skip_bad_steps(optax.sgd(0.1), 3.0)
+    grads = jnp.ones((64, 64)).at[1, 2].set(jnp.nan)
+    update, state = tx.update(grads, tx.init(grads), value=jnp.float32(1.0))
+    assert (CAUSES[state.cause], state.skipped) == ("not finite", 1)
+    np.testing.assert_array_equal(update, 0)
+
+
 def test_without_a_limit_no_loss_is_a_spike() -> None:
     step, state = toy_step(spike_limit=0)
     state, _ = step(state, GOOD)
