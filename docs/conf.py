@@ -82,10 +82,10 @@ def _as_downloads(text: str, root: str) -> str:
 
 
 def mark_downloads(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Does so for the pages that lie in the documentation's own folder."""
+    """Does so for the pages in the documentation's own folder, and links notebooks' copies."""
     del app
     if "/" not in docname:
-        source[0] = _as_downloads(source[0], "../")
+        source[0] = _as_downloads(source[0].replace("](../notebooks/", "](_notebooks/"), "../")
 
 
 def mark_code(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:

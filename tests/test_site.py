@@ -127,6 +127,13 @@ def test_every_local_link_beside_the_site_leads_to_its_place(site: Path, name: s
     assert not [link for link in links if broken(link, ROOT / name, places)]
 
 
+def test_links_of_pages_lead_to_files_of_the_checkout_too() -> None:
+    for page in DOCS.rglob("*.md"):
+        links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+        local = (link.removeprefix("path:") for link in links if ":" not in link.split("/")[0])
+        assert not [link for link in local if not (page.parent / link).exists()], page
+
+
 @pytest.mark.slow
 def test_no_word_is_misspelt() -> None:
     texts = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]

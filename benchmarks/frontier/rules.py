@@ -192,10 +192,11 @@ def _low_rank_muon(rank: int, beta: float) -> Make:
     def update(
         updates: PyTree, state: tuple[PyTree, PyTree], params: PyTree | None = None
     ) -> tuple[PyTree, tuple[PyTree, PyTree]]:
-        leaves, treedef = jax.tree.flatten(updates)
-        results = map(update_one, leaves, *map(treedef.flatten_up_to, state))
-        direction, *kept = (treedef.unflatten(one) for one in zip(*results, strict=True))
-        return direction, tuple(kept)
+        results = jax.tree.map(update_one, updates, *state)
+        direction, B, A = (
+            jax.tree.map(lambda _, of_leaf, i=i: of_leaf[i], updates, results) for i in range(3)
+        )
+        return direction, (B, A)
 
     return lambda width, seed: optax.GradientTransformation(init, update)
 

@@ -189,9 +189,10 @@ def example_rows(
     if longer:
         left_out = int((~learned).sum())
         warnings.warn(
-            f"{longer:,} of {len(examples):,} examples are longer than {sequence_length + 1:,} "
-            f"tokens and lose their end, {left_out:,} of them all that is to be learned; the "
-            f"longest has {max(map(len, examples)):,}: choose a longer --sequence",
+            f"{longer:,} of {len(examples):,} examples are too long for --sequence "
+            f"{sequence_length:,} and lose their end. {left_out:,} of them lose everything that is "
+            f"to be learned, and are left out. The longest has {max(map(len, examples)):,} tokens: "
+            "choose a longer --sequence",
             stacklevel=2,
         )
     return rows[learned]

@@ -245,7 +245,8 @@ class GgufFile:
                 f"{self.path}: the tokenizer is {kind!r}, words as {words!r}; read are 'gpt2' "
                 f"with words as {', '.join(supported)}. Give --tokenizer the model's tokenizer.json"
             )
-        merges = [tuple(merge.split(" ")) for merge in self._strings("tokenizer.ggml.merges")]
+        stored = self._strings("tokenizer.ggml.merges")
+        merges: list[Any] = [tuple(merge.split(" ")) for merge in stored]
         vocabulary = {token: number for number, token in enumerate(tokens)}
         for merge in merges:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():

@@ -287,6 +287,10 @@ def _check_leaves(config: LlamaConfig, params: Params) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.parent.is_file():
+        raise ValueError(
+            f"{path.parent} is a file; give its folder, {path.parent.parent}, or a .gguf file."
+        )
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a LLaMA checkpoint is a folder that has it.")
     try:

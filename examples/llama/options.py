@@ -356,11 +356,13 @@ def check_step_options(
             f"{flag} chooses a new model, and --load {model.load} brings one; leave {flag} out, or "
             "--load"
         )
-    if config.optimizer.project_embeddings and config.optimizer.vocabulary is not None:
-        raise ValueError(
-            f"--vocabulary {config.optimizer.vocabulary} is a rule for embeddings that are not "
-            "projected, and --project-embeddings projects them; leave one of the two out"
-        )
+    for setting in ("vocabulary", "vocabulary_learning_rate"):
+        given = getattr(config.optimizer, setting)
+        if config.optimizer.project_embeddings and given is not None:
+            raise ValueError(
+                f"--{setting.replace('_', '-')} {given} is for embeddings that are not projected, "
+                "and --project-embeddings projects them; leave one of the two out"
+            )
     if config.training.remat and config.training.update == "layerwise":
         raise ValueError("--update layerwise always recomputes activations; leave --remat out")
     names = compared_optimizers(config)

@@ -19,7 +19,12 @@ from examples.llama.mesh import (
     devices_dividing_batch,
     parse_mesh,
 )
-from examples.llama.optimizers import LEFT_OPEN, OptimizerName, VocabularyName
+from examples.llama.optimizers import (
+    FLOAT32_MOMENTS,
+    LEFT_OPEN,
+    OptimizerName,
+    VocabularyName,
+)
 from examples.llama.options import (
     ModelName,
     ModelOptions,
@@ -114,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pretraining = _pretraining(config, config.batch)
         check_step_options(pretraining, default_model=PlanConfig.model)
+        if config.moments != "f32" and config.optimizer in FLOAT32_MOMENTS:
+            raise ValueError(
+                f"--moments {config.moments} does nothing for {config.optimizer}, whose moments "
+                "are always f32; leave --moments out"
+            )
         report = plan_report(config)
     except (ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

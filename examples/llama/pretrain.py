@@ -24,6 +24,7 @@ from examples.llama.memory import advice, require_memory
 from examples.llama.mesh import devices_dividing_batch, make_mesh, parse_mesh
 from examples.llama.metrics import read_metrics
 from examples.llama.model import Params
+from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.options import (
     PretrainConfig,
     RunSettings,
@@ -43,6 +44,7 @@ from examples.llama.run import (
     TooManySkippedError,
     finished_line,
     has_checkpoint,
+    has_run,
     prepare_evaluation,
     read_result,
     train_run,
@@ -175,6 +177,7 @@ def _claim(plan: Plan, config: PretrainConfig, stack: contextlib.ExitStack) -> N
         has_checkpoint(run.settings, run.folder, config.output) > run.resume for run in plan.runs
     ):
         raise ValueError(f"another run has just ended in {plan.folder}; start this one again")
+    _refuse_others(plan.folder, plan.runs)
 
 
 def _describe(config: PretrainConfig) -> int:
@@ -236,6 +239,7 @@ def prepare(config: PretrainConfig) -> Plan:
         place = folder / each.optimizer.name if len(settings) > 1 else folder
         runs.append(Run(each, place, has_checkpoint(each, place, config.output), mesh))
         require_memory(runs[-1])
+    _refuse_others(folder, runs)
     training_batches(text, settings[0]).close()
     batches = validation_batches(text, settings[0], max_batches=config.output.evaluation_batches)
     validation_loss = prepare_evaluation(runs[0], batches)
@@ -247,6 +251,16 @@ def prepare(config: PretrainConfig) -> Plan:
             "the --output of the run"
         )
     return Plan(runs, text, validation_loss, folder)
+
+
+def _refuse_others(folder: Path, runs: Sequence[Run]) -> None:
+    """Raises ValueError if a folder holds other runs, whose results would be replaced."""
+    places = {folder, *(folder / name for name in OPTIMIZERS)}
+    if others := sorted(filter(has_run, places - {run.folder for run in runs})):
+        raise ValueError(
+            f"{folder} holds another run, in {others[0]}, whose results and tokenizer would be "
+            "replaced; choose another --output, or resume that run with its own flags"
+        )
 
 
 def _may_begin(folder: Path) -> bool:
@@ -315,12 +329,13 @@ def _check_folders(config: PretrainConfig) -> None:
                 f"{flag} is {folder}, in the folder of --data {data}: --resume would read the "
                 f"run's own files as text; give {flag} a folder outside of it"
             )
+    # A run that ended before may have written its own.
+    own = {"model.safetensors"} if config.output.resume else set()
     for export in exports:
-        others = {path.name for path in export.glob("*.safetensors*")} - {"model.safetensors"}
-        if others:
+        if others := {path.name for path in export.glob("*.safetensors*")} - own:
             raise ValueError(
-                f"--export is {export}, which holds {min(others)} of another model; it would stay "
-                "beside the new one. Choose another folder, or move that model away"
+                f"--export is {export}, which holds {min(others)} of another model; choose another "
+                "folder, or move that model away"
             )
 
 

@@ -185,6 +185,11 @@ def prepare_evaluation(run: Run, batches: Sequence[np.ndarray]) -> Callable[[mod
     return lambda params: train.mean_loss(compiled, params, placed, targets)
 
 
+def has_run(folder: Path) -> bool:
+    """Returns whether a folder holds a checkpoint of any run; OSError if all are damaged."""
+    return read_record(folder / _CHECKPOINTS) is not None
+
+
 def has_checkpoint(settings: RunSettings, folder: Path, options: OutputOptions) -> bool:
     """Returns whether there is a checkpoint to go on from; reads no arrays of it.
 

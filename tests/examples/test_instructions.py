@@ -282,7 +282,7 @@ def test_another_way_to_take_the_step_weighs_targets_alike(way: str) -> None:
 
 def test_examples_that_do_not_fit_are_counted() -> None:
     with pytest.warns(
-        UserWarning, match=r"3 of 4 examples are longer than 9 tokens.*2 of them all"
+        UserWarning, match=r"3 of 4 examples are too long for --sequence 8 .* 2 of them lose every"
     ):
         kept = rows(8)
     assert len(kept) == 2

@@ -220,7 +220,11 @@ def test_wrong_comparisons_are_named(compare: str, named: str) -> None:
         ({"compare": "adamw,lion", "optimizer": optimizer(name="apollo")}, "leave one of the two"),
         (
             {"optimizer": optimizer(vocabulary="factored", project_embeddings=True)},
-            "--vocabulary factored is a rule for embeddings that are not projected",
+            "--vocabulary factored is for embeddings that are not projected",
+        ),
+        (
+            {"optimizer": optimizer(vocabulary_learning_rate=0.1, project_embeddings=True)},
+            "--vocabulary-learning-rate 0.1 is for embeddings that are not projected",
         ),
         ({"output": OutputOptions(allow_changes=True)}, "add --resume"),
         ({"training": TrainingOptions(remat=True, update="layerwise")}, "leave --remat out"),

@@ -149,6 +149,7 @@ def test_7b_begins_where_its_int8_step_fits(device: str) -> None:
         (["--mesh", "rows=2"], "allowed are data=N"),
         (["--mesh", "data=3"], "3"),
         (["--weights", "int8"], "add --update layerwise"),
+        (["--optimizer", "swan", "--moments", "bf16"], "--moments bf16 does nothing for swan"),
         (["--optimizer", "adamw", "--rank", "4"], "--rank does nothing for adamw; it is for"),
         (["--vocabulary", "factored", "--project-embeddings"], "leave one of the two out"),
         (["--load", "folder"], "--model chooses a new model, and --load folder brings one"),

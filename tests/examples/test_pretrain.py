@@ -520,6 +520,41 @@ def test_a_folder_that_holds_a_run_is_not_written_over(
     assert read_metrics(apollo_run[0]) == before
 
 
+def test_an_export_does_not_replace_a_model(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_text("kept")
+    error = wrong_input(command(tmp_path / "run", "--export", str(tmp_path)), capsys)
+    assert "which holds model.safetensors of another model" in error
+    assert (tmp_path / "model.safetensors").read_text() == "kept"
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["new", "resumed"])
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        (("--optimizer", "sgd"), "adamw"),
+        (("--compare", "sgd,lion"), "adamw"),
+        (("--compare", "sgd,lion"), "."),
+    ],
+    ids=["single", "comparison", "comparison after single"],
+)
+def test_a_folder_that_holds_another_comparison_is_not_written_over(
+    flags: tuple[str, ...],
+    place: str,
+    resume: tuple[str, ...],
+    apollo_run: tuple[Path, str],
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(apollo_run[0], tmp_path / "run" / place, dirs_exist_ok=True)
+    (tmp_path / "run" / "results.json").write_text("kept")
+    error = wrong_input(command(tmp_path / "run", *flags, *resume), capsys)
+    assert f"holds another run, in {tmp_path / 'run' / place}, whose results and" in error
+    assert (tmp_path / "run" / "results.json").read_text() == "kept"
+
+
 def test_a_folder_that_holds_nothing_of_a_run_is_not_resumed(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -758,13 +793,19 @@ def test_a_folder_inside_the_text_is_refused_unless_it_is_hidden(
     assert run([*flags, str(texts / ".runs" / "1"), "--describe"])[0] == 0
 
 
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["new", "resumed"])
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00001-of-2.safetensors"])
 def test_an_export_beside_the_files_of_another_model_is_refused(
-    name: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    resume: tuple[str, ...],
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for file in (name, "model.safetensors"):
+    for file in (name, "model.safetensors") if resume else (name,):
         (tmp_path / file).touch()
-    error = wrong_input(command(tmp_path / "run", "--export", str(tmp_path)), capsys)
+    flags = ["--export", str(tmp_path), *resume]
+    error = wrong_input(command(tmp_path / "run", *flags), capsys)
     assert f"--export is {tmp_path}, which holds {name} of another model" in error
 
 
