@@ -239,6 +239,16 @@ def test_what_the_pages_say_of_four_times_the_steps_holds():
     assert (
         f"is {above(apollo, '1m'):.3f} above after 500 steps, and {of_apollo:.3f} above after"
     ) in page
+    of_batch = above(swan, "1m_batch")
+    assert f"SWAN is {of_batch:.3f} above" in readme
+    assert f"With four times the batch, SWAN ends {of_batch:.3f} above" in choosing
+    assert f"as in four times the steps: it ends {of_batch:.3f} above AdamW" in page
+    of_momentum = above(("whitened", "head_factored_momentum"), "1m_long")
+    assert (
+        f"wins back {of_swan - of_momentum:.3f} of the {of_swan:.3f}. SWAN is then "
+        f"{of_apollo - of_momentum:.3f} below APOLLO"
+    ) in page
+    assert f"With a momentum for the head, SWAN ends {of_momentum:.3f} above." in choosing
     losses = rows_of(ROWS, Pair("1m_long", *swan))
     best = best_trial(rows_of(ROWS, SWAN))
     half = best._replace(hidden_rate=best.hidden_rate / 2, vocabulary_rate=best.vocabulary_rate / 2)
