@@ -42,8 +42,6 @@ _HIDDEN_RULES = (
     "whitened_basis",
     "apollo_orthogonalized",
     "swan",
-    "sinkhorn",
-    "racs",
     "muon",
 )
 
@@ -61,12 +59,11 @@ PAIRS = (
     *_pairs("1m", _VOCABULARY_RULES[:4]),
     *_pairs("4m", _OF_ALL_SIZES[:4]),
     *_pairs("16m", _OF_ALL_SIZES[:4]),
-    *OTHER_RULES[:8],
+    *OTHER_RULES,
     *_pairs("1m_batch", _OF_ALL_SIZES[:4]),
     *_pairs("1m_long", _OF_ALL_SIZES[:4]),
     Pair("1m_long", "whitened", "head_factored_momentum"),
     *_pairs("1m", _VOCABULARY_RULES[4:]),
-    *OTHER_RULES[8:],
     *_pairs("4m", _OF_ALL_SIZES[4:]),
     *_pairs("16m", _OF_ALL_SIZES[4:]),
     *_pairs("1m_batch", _OF_ALL_SIZES[4:]),

@@ -70,59 +70,6 @@ def _centered(x: Array) -> Array:
     return x - jnp.mean(x, axis=-2, keepdims=True)
 
 
-def _sinkhorn(x: Array) -> Array:
-    """SinkGD's: outputs, then inputs, to a root mean square of 1, five times."""
-    for _ in range(5):
-        x = x / _rms(x, -2)
-        x = x / _rms(x, -1)
-    return x
-
-
-class _Averages(NamedTuple):
-    steps: Array
-    inputs: PyTree
-    outputs: PyTree
-
-
-def _racs(width: int, seed: Any) -> optax.GradientTransformation:
-    """RACS: scales of rows and columns by power iteration, averaged with 0.9, and the limiter."""
-
-    def init(params: PyTree) -> _Averages:
-        zero = jnp.zeros([], jnp.int32)
-        inputs = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], 1)), params)
-        outputs = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-2], 1, p.shape[-1])), params)
-        return _Averages(zero, inputs, outputs)
-
-    def update(
-        updates: PyTree, state: _Averages, params: PyTree | None = None
-    ) -> tuple[PyTree, _Averages]:
-        def scales(g: Array) -> tuple[Array, Array]:
-            squared, q = jnp.square(g), jnp.ones((*g.shape[:-1], 1))
-            for _ in range(5):
-                s = jnp.sum(q * squared, -2, keepdims=True) / jnp.sum(q * q, -2, keepdims=True)
-                q = jnp.sum(s * squared, -1, keepdims=True) / jnp.sum(s * s, -1, keepdims=True)
-            return q, s
-
-        leaves, treedef = jax.tree.flatten(updates)
-        found = [scales(g) for g in leaves]
-
-        def average(old: PyTree, new: list[Array]) -> PyTree:
-            return jax.tree.map(
-                lambda o, n: 0.9 * o + 0.1 * n, old, jax.tree.unflatten(treedef, new)
-            )
-
-        inputs = average(state.inputs, [q for q, _ in found])
-        outputs = average(state.outputs, [s for _, s in found])
-        correction = 1 - 0.9 ** (state.steps + 1)
-        scaled = jax.tree.map(
-            lambda g, q, s: correction * g / jnp.sqrt(q * s + _TINY), updates, inputs, outputs
-        )
-        return scaled, _Averages(state.steps + 1, inputs, outputs)
-
-    limiter = apollo_optax.limit_norm_growth(1.01, weight_dimension_numbers=_BATCHED)
-    return optax.chain(optax.GradientTransformation(init, update), limiter)
-
-
 class _OneBit(NamedTuple):
     signs: PyTree
     rows: PyTree
@@ -288,9 +235,7 @@ HIDDEN: Mapping[str, Rule] = {
     "whitened": Rule("SWAN", _swan, 4e-3),
     "swan": Rule("SWAN, with the mean taken off", _chain(_stateless(_centered), _swan), 4e-3),
     "orthogonalized": Rule("orthogonalized gradient", _stateless(_orthogonalized), 4e-3),
-    "sinkhorn": Rule("SinkGD", _stateless(_sinkhorn), 4e-3),
     "neuron": Rule("SCALE", _stateless(lambda g: g / _rms(g, -2)), 4e-3),
-    "racs": Rule("RACS", _racs, 4e-3),
     "one_bit_muon": Rule("Muon, momentum of one bit", _one_bit_muon(0.98), 2e-3),
     "whitened_basis": Rule(
         "whitened, momentum in a random basis",

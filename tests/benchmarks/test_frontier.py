@@ -272,8 +272,9 @@ def test_what_the_page_says_of_other_rules_holds():
     assert f"the loss is {above['orthogonalized']:.3f} above SWAN's" in page
     apollo = "apollo_orthogonalized"
     assert f"keep {state[apollo]:.0%} of AdamW's state, and end {above[apollo]:.3f} above" in page
-    for name in ("whitened_basis", "one_bit_muon"):
+    for name in ("whitened_basis", "one_bit_muon", "low_rank_muon"):
         assert f"keeps {state[name]:.1%}, and ends {above[name]:.3f} above SWAN" in page
+    assert f"One run ends {-above['swan']:.3f} below SWAN" in page
     assert f"One run ends {above['neuron']:.3f} above SWAN" in page
 
 
