@@ -306,6 +306,13 @@ def test_a_configuration_without_tensors_is_refused(folder):
         load_llama(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_folder_is_answered_with_the_folder(folder, name):
+    (folder / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} is a file; give its folder, {folder}, or"):
+        describe_llama(folder / name)
+
+
 def test_a_missing_shard_is_refused_by_name(folder):
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
