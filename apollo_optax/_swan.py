@@ -12,7 +12,6 @@ from jaxtyping import Array, ArrayLike, Float
 from apollo_optax._arguments import wide
 from apollo_optax._leafwise import MatrixRule, scale_leaves
 from apollo_optax._leaves import Hyperparameters, LeafState, Vocabulary
-from apollo_optax._magnitudes import largest_magnitude
 from apollo_optax._matrices import (
     MatrixAxes,
     WeightDimensionNumbers,
@@ -36,12 +35,13 @@ def whiten(G: Float[Array, "*leaf"], axes: MatrixAxes) -> Float[Array, "*leaf"]:
     X = G.astype(wide(G.dtype))
     sides = (*axes.projected, *axes.channel)
     # Scaled first, so that squares neither overflow nor underflow.
-    largest = largest_magnitude(X, sides)
-    X = jnp.where(jnp.isfinite(largest), X / _or_one(largest), 0)
+    X = X / _or_one(jnp.max(jnp.abs(X), axis=sides, keepdims=True))
     X = X / _or_one(jnp.sqrt(jnp.mean(jnp.square(X), axis=axes.reduction, keepdims=True)))
 
     M = matrices_of(X, axes)
-    M = M / _or_one(jnp.linalg.norm(M, axis=(-2, -1), keepdims=True))
+    norm = jnp.linalg.norm(M, axis=(-2, -1), keepdims=True)
+    # NaN where an entry is not finite; the maximum may leave NaN out (`largest_magnitude`).
+    M = jnp.where(jnp.isfinite(norm), M / _or_one(norm), 0)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = M @ jnp.swapaxes(M, -2, -1)
