@@ -2,18 +2,25 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, PyTree
+from jaxtyping import Array, Float, PyTree
 
 
 def largest_magnitude(
-    x: Inexact[Array, "*shape"], axis: tuple[int, ...] | None = None
+    x: Float[Array, "*shape"], axis: tuple[int, ...] | None = None
 ) -> Float[Array, "..."]:
     """Returns the largest magnitude along axes, which are kept; NaN where an entry is NaN.
 
-    XLA's CPU compiler leaves NaN out of a maximum of 4,096 floats and more (JAX 0.10).
+    XLA's CPU compiler leaves NaN out of a maximum of 4,096 floats and more (JAX 0.10). So the same
+    reduction also looks for NaN, at no further reading of memory.
     """
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
-    return jnp.where(jnp.any(jnp.isnan(x), axis=axis, keepdims=True), jnp.nan, largest)
+
+    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jax.lax.max(a[0], b[0]), a[1] | b[1]
+
+    axes = tuple(range(x.ndim)) if axis is None else axis
+    start = jnp.zeros([], x.dtype), jnp.zeros([], bool)
+    largest, is_nan = jax.lax.reduce((jnp.abs(x), jnp.isnan(x)), start, larger, axes)
+    return jnp.expand_dims(jnp.where(is_nan, jnp.nan, largest), axes)
 
 
 def largest_of_tree(tree: PyTree) -> Float[Array, ""]:
