@@ -239,10 +239,12 @@ def test_what_the_pages_say_of_four_times_the_steps_holds():
     assert (
         f"is {above(apollo, '1m'):.3f} above after 500 steps, and {of_apollo:.3f} above after"
     ) in page
-    of_batch = above(swan, "1m_batch")
-    assert f"SWAN is {of_batch:.3f} above" in readme
-    assert f"With four times the batch, SWAN ends {of_batch:.3f} above" in choosing
-    assert f"as in four times the steps: it ends {of_batch:.3f} above AdamW" in page
+    swan_batch, apollo_batch = (above(rules, "1m_batch") for rules in (swan, apollo))
+    batch = "With four times the batch, SWAN"
+    assert f"{batch} is {swan_batch:.3f} above, and APOLLO {apollo_batch:.3f}" in readme
+    assert f"{batch} ends {swan_batch:.3f} above AdamW, and APOLLO {apollo_batch:.3f}" in choosing
+    assert f"as in four times the steps: it ends {swan_batch:.3f} above AdamW" in page
+    assert f"APOLLO falls back further, and ends {apollo_batch:.3f} above AdamW" in page
     of_momentum = above(("whitened", "head_factored_momentum"), "1m_long")
     assert (
         f"wins back {of_swan - of_momentum:.3f} of the {of_swan:.3f}. SWAN is then "
