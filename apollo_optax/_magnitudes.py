@@ -10,8 +10,8 @@ def largest_magnitude(
 ) -> Float[Array, "..."]:
     """Returns the largest magnitude along axes, which are kept; NaN where an entry is NaN.
 
-    XLA's CPU compiler leaves NaN out of a maximum of 4,096 floats and more (JAX 0.10). So the same
-    reduction also looks for NaN, at no further reading of memory.
+    XLA's CPU compiler leaves NaN out of the maximum of a large float32 array (JAX 0.10). So the
+    same reduction also looks for NaN, at no further reading of memory.
     """
 
     def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
